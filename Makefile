@@ -1,0 +1,33 @@
+# `make demo` and `make test` are all a newcomer needs: both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test quick lint types clean setup
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)            ## the main job on real handwritten digits: runs/demo/report.html
+	$(BIN)/coar demo
+
+test: $(READY) lint types ## everything: lint, types, all tests
+	$(BIN)/pytest
+
+quick: $(READY)           ## the tests without the slow ones
+	$(BIN)/pytest -m 'not slow'
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,36 @@
+"""Runs a PyTorch model without some of its components: index, keep-vectors, engine, campaigns.
+
+Conventions, stated once: `keep` is boolean, True = kept; outputs are (rows, examples), one number per keep-vector and
+example; an attribution's sign follows from that: positive means that keeping the component raises the output.
+"""
+
+from ablate.campaign import run as run
+from ablate.components import Component as Component
+from ablate.components import ComponentIndex as ComponentIndex
+from ablate.components import Port as Port
+from ablate.components import component_kinds as component_kinds
+from ablate.data import Examples as Examples
+from ablate.engine import Engine as Engine
+from ablate.errors import AblateError as AblateError
+from ablate.errors import DataError as DataError
+from ablate.errors import KeepError as KeepError
+from ablate.errors import LabelError as LabelError
+from ablate.errors import LoadError as LoadError
+from ablate.errors import ModelMismatchError as ModelMismatchError
+from ablate.errors import NonFiniteOutputError as NonFiniteOutputError
+from ablate.errors import SelectionError as SelectionError
+from ablate.errors import SpecError as SpecError
+from ablate.errors import UnknownNameError as UnknownNameError
+from ablate.gating import ablated as ablated
+from ablate.keep import KeepPlan as KeepPlan
+from ablate.loading import load_data as load_data
+from ablate.loading import load_model as load_model
+from ablate.outputs import CrossEntropyLoss as CrossEntropyLoss
+from ablate.outputs import Logit as Logit
+from ablate.outputs import Margin as Margin
+from ablate.outputs import Output as Output
+from ablate.reference import reference_outputs as reference_outputs
+from ablate.selection import Selection as Selection
+from ablate.spec import CampaignSpec as CampaignSpec
+from ablate.state import model_hash as model_hash
+from ablate.state import preserved_random_state as preserved_random_state

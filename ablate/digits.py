@@ -1,0 +1,204 @@
+"""A small real task with a spurious cue, on scikit-learn's handwritten digits, and a residual CNN to learn it.
+
+1,797 real images. The label is whether the digit is 5 or more; a background of stripes (vertical or horizontal) agrees
+with it in 95 % of the training images and in 50 % of the validation and test images, as the backgrounds of Waterbirds
+do. A network that looks at the stripes is good on average and bad on the groups where they disagree.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ablate.data import Examples
+from ablate.errors import LoadError
+from ablate.state import preserved_random_state
+
+SPLITS = {"train": 997, "validation": 400, "test": 400}
+CUE_AGREES = {"train": 0.95, "validation": 0.5, "test": 0.5}
+CLASSES = ("low", "high")  # digits 0-4, digits 5-9
+CUES = ("vertical", "horizontal")  # the cue that agrees with low, with high
+MINORITY_GROUPS = ("low-horizontal", "high-vertical")
+CUE_STRENGTH = 0.5
+
+
+def digits_split(split: str, seed: int = 0) -> Examples:
+    """Returns one split of the task: inputs (examples, 1, 16, 16) float32 in [-1, 2], labels 0 and 1, four groups.
+
+    Groups are named `low-vertical`, `low-horizontal`, `high-vertical`, `high-horizontal`; ids name scikit-learn's
+    image. The seed decides which image is in which split and which gets which cue.
+    """
+    from sklearn.datasets import load_digits
+
+    if split not in SPLITS:
+        raise LoadError(f"No split {split!r} of the digits task; splits are {', '.join(SPLITS)}.")
+    images, digits = load_digits(return_X_y=True)
+    generator = np.random.default_rng([seed, 1])
+    order = generator.permutation(len(digits))
+    first = sum(SPLITS[name] for name in list(SPLITS)[: list(SPLITS).index(split)])
+    chosen = order[first : first + SPLITS[split]]
+    labels = (digits[chosen] >= 5).astype(np.int64)
+    cues = _cues(labels, CUE_AGREES[split], np.random.default_rng([seed, 2, list(SPLITS).index(split)]))
+    groups = [f"{CLASSES[label]}-{CUES[cue]}" for label, cue in zip(labels, cues, strict=True)]
+    return Examples(_draw(images[chosen], cues), labels, [f"digit-{i:04d}" for i in chosen], groups)
+
+
+def _cues(labels: npt.NDArray[np.int64], agrees: float, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Returns a cue per example; within each class the share that agrees with the label is exact (to rounding)."""
+    cues = labels.copy()
+    for label in (0, 1):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        against = members[round(agrees * len(members)) :]
+        cues[against] = 1 - label
+    return cues
+
+
+def _draw(images: npt.NDArray[np.float64], cues: npt.NDArray[np.int64]) -> Tensor:
+    """Returns the images at 16 x 16 pixels over stripes two pixels wide, shifted to about zero mean."""
+    small = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    digits = F.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
+    bars = (torch.arange(16) // 2 % 2).float() * CUE_STRENGTH
+    vertical, horizontal = bars.expand(16, 16), bars[:, None].expand(16, 16)
+    stripes = torch.stack([vertical, horizontal])[torch.as_tensor(cues)][:, None]
+    return (digits + stripes - 0.5).contiguous()
+
+
+def digits_campaign_examples(train_per_group: int, test_per_group: int, seed: int = 0) -> Examples:
+    """Returns the first so many training and test examples of each group: what the demo's campaign runs on.
+
+    Ids keep their split: `train/digit-0815`.
+    """
+    parts = [("train", train_per_group), ("test", test_per_group)]
+    inputs, targets, ids, groups = [], [], [], []
+    for split, count in parts:
+        examples = digits_split(split, seed)
+        for group in sorted(set(examples.groups)):
+            members = [i for i, g in enumerate(examples.groups) if g == group]
+            if len(members) < count:
+                raise LoadError(f"Group {group!r} of the {split} split has {len(members)} examples, not {count}.")
+            for i in members[:count]:
+                inputs.append(examples.input(i))
+                targets.append(int(examples.targets[i]))
+                ids.append(f"{split}/{examples.ids[i]}")
+                groups.append(group)
+    return Examples(torch.stack(inputs), targets, ids, groups)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch norm beside a shortcut."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the block's output, (batch, channels, height, width)."""
+        inner = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(x))
+
+
+class ResidualCNN(nn.Module):
+    """A residual network for 16 x 16 images: stem, three stages of two blocks, mean pool, linear head.
+
+    At the default widths: 736 convolution filters.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (32, 64, 64), classes: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, widths[0], 3, 2, 1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        blocks: list[nn.Module] = []
+        channels = widths[0]
+        for stage, width in enumerate(widths):
+            for block in range(2):
+                blocks.append(ResidualBlock(channels, width, 2 if stage == 1 and block == 0 else 1))
+                channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits (batch, classes) of images (batch, 1, height, width)."""
+        features = self.blocks(F.relu(self.bn(self.stem(x))))
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits
+
+
+def digits_model(seed: int = 0, cache: str | os.PathLike[str] | None = None, epochs: int = 8) -> ResidualCNN:
+    """Returns the trained network of a seed, in eval mode. Deterministic by seed (same machine and thread count).
+
+    Args:
+      seed: Of the splits, the cues, the initial weights and the order of training.
+      cache: A .safetensors file: read if it is there, else trained (a few seconds on two cores) and written.
+      epochs: Passes over the training split.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = Path(cache) if cache is not None else None
+    if path is not None and path.is_file():
+        with preserved_random_state():
+            model = ResidualCNN()
+        load_weights(model, load_file(path), str(path))
+        return model.eval()
+    with preserved_random_state():
+        model = _train(digits_split("train", seed), seed, epochs)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        save_file(model.state_dict(), draft)
+        os.replace(draft, path)
+    return model
+
+
+def _train(examples: Examples, seed: int, epochs: int) -> ResidualCNN:
+    torch.manual_seed(seed)
+    model = ResidualCNN().train()
+    inputs, targets = examples.inputs(), examples.targets
+    batch = 64
+    steps = epochs * (len(examples) // batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    for _ in range(epochs):
+        order = torch.randperm(len(examples))
+        for first in range(0, len(examples) - batch + 1, batch):
+            chosen = order[first : first + batch]
+            loss = F.cross_entropy(model(inputs[chosen]), targets[chosen])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    return model.eval().requires_grad_(True)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Copies a checkpoint's tensors into `model`, in place; every name and shape must fit, both ways.
+
+    Raises:
+      LoadError: Lists what is missing, unexpected or of another shape; the model is then unchanged.
+    """
+    state = model.state_dict()
+    problems = [f"missing: {name}" for name in state if name not in weights]
+    problems += [f"unexpected: {name}" for name in weights if name not in state]
+    problems += [
+        f"{name}: shape {tuple(weights[name].shape)}, expected {tuple(state[name].shape)}"
+        for name in state
+        if name in weights and weights[name].shape != state[name].shape
+    ]
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:8])
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise LoadError(f"{where} does not fit a {type(model).__name__}:\n{shown}{more}")
+    model.load_state_dict(weights)

@@ -1,0 +1,72 @@
+"""What a user can get wrong. Every message says where, what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class AblateError(Exception):
+    """Base class of the errors of this package."""
+
+
+class UnknownNameError(AblateError, LookupError):
+    """A name that is none of the known ones; the message offers the nearest."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str], advice: str = "") -> None:
+        names = list(known)
+        self.name = name
+        self.nearest = nearest(name, names)
+        hint = f" Did you mean {' or '.join(map(repr, self.nearest))}?" if self.nearest else ""
+        listing = f" Known: {', '.join(names)}." if 0 < len(names) <= 12 and not hint else ""
+        super().__init__(f"No {what} {name!r}.{hint}{listing}{' ' + advice if advice else ''}")
+
+
+class SelectionError(AblateError, ValueError):
+    """A selection that cannot be what the user meant."""
+
+
+class ModelMismatchError(AblateError, ValueError):
+    """A model that is not the one an index or edit was made for."""
+
+
+class KeepError(AblateError, ValueError):
+    """A keep array of the wrong type, dtype or shape."""
+
+
+class DataError(AblateError, ValueError):
+    """Examples that cannot be used as they are."""
+
+
+class LabelError(DataError):
+    """Labels outside the model's classes."""
+
+
+class LoadError(AblateError):
+    """A model or data set that cannot be loaded."""
+
+
+class NonFiniteOutputError(AblateError, ArithmeticError):
+    """A NaN or infinite output; `row` and `example` say where."""
+
+    def __init__(self, row: int, example: int, value: float, example_id: str | None = None) -> None:
+        self.row, self.example, self.value = row, example, value
+        name = f" (id {example_id!r})" if example_id is not None else ""
+        super().__init__(
+            f"Output of keep row {row} on example {example}{name} is {value}, expected a finite number. Nothing of "
+            "this block was stored. Check that input and the model for overflow, or ablate a smaller fraction."
+        )
+
+
+class SpecError(AblateError, ValueError):
+    """Everything that is wrong with a campaign spec, in one message."""
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{where}: {count}\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1)))
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Returns the known names most like `name`, best first; empty if none is close."""
+    return difflib.get_close_matches(name, list(known), n=limit, cutoff=0.6)

@@ -1,0 +1,129 @@
+"""The only module that changes a live model: literal ablation with exact restore, and weight gates for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ablate.components import ComponentIndex, Port
+from ablate.selection import Selection
+
+
+@contextmanager
+def ablated(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
+    """Gives the model with the selected components' weights zero, for the time of a `with` block.
+
+    Changes the model in place and restores it bit for bit on exit, also when the block raises. Biases, normalisation,
+    mode, gradients and hooks are left alone. Nested uses restore in reverse order.
+
+    Args:
+      model: The model the selection's index was made for.
+      selection: What to switch off; each component's slice of its weight becomes zero.
+
+    Raises:
+      ModelMismatchError: The selection's index does not describe this model.
+    Source: zero-ablation as in COAR (arXiv 2404.11534), Section 2.
+    """
+    with attenuated(model, selection, 0.0):
+        yield model
+
+
+@contextmanager
+def attenuated(model: nn.Module, selection: Selection, factor: float) -> Iterator[None]:
+    """Multiplies the selected components' weights by `factor` for the time of a `with` block; exact restore.
+
+    Factor 1 touches nothing; factor 0 writes zeros, also over weights that are not finite.
+    """
+    saved = attenuate(model, selection, factor)
+    try:
+        yield
+    finally:
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, axis, positions, original in saved:
+                parameters[name].index_copy_(axis, positions, original)
+
+
+def attenuate(model: nn.Module, selection: Selection, factor: float) -> list[tuple[str, int, Tensor, Tensor]]:
+    """Multiplies the selected components' weights by `factor`, in place and for good.
+
+    Returns what it overwrote, as (parameter, axis, positions, original slices).
+    """
+    selection.index.check(model)
+    saved: list[tuple[str, int, Tensor, Tensor]] = []
+    if factor == 1.0:
+        return saved
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, axis, units in _positions(selection):
+            parameter = parameters[name]
+            positions = torch.tensor(units, device=parameter.device)
+            original = parameter.index_select(axis, positions)
+            saved.append((name, axis, positions, original))
+            changed = torch.zeros_like(original) if factor == 0.0 else original * factor
+            parameter.index_copy_(axis, positions, changed)
+    return saved
+
+
+def _positions(selection: Selection) -> list[tuple[str, int, list[int]]]:
+    """Returns per touched parameter the positions along its axis that the selection covers."""
+    found = []
+    first = 0
+    members = iter([*selection.ids, len(selection.index)])
+    member = next(members)
+    for port in selection.index.ports:
+        units: list[int] = []
+        while member < first + port.count:
+            start = (member - first) * port.width
+            units += range(start, start + port.width)
+            member = next(members)
+        if units:
+            found.append((port.parameter, port.axis, units))
+        first += port.count
+    return found
+
+
+@dataclass(frozen=True)
+class _GatedWeight:
+    weight: Tensor  # the live parameter
+    master: Tensor  # its original value
+    first: int  # id of the port's first component
+    port: Port
+
+    def set(self, keep: Tensor) -> None:
+        """Writes master where kept and zero where not; `keep` (components,) bool on the weight's device."""
+        mine = keep[self.first : self.first + self.port.count]
+        if self.port.width > 1:
+            mine = mine.repeat_interleave(self.port.width)
+        shape = [1] * self.master.ndim
+        shape[self.port.axis] = -1
+        # where, not a product: a weight that is inf or nan must still become zero
+        torch.where(mine.view(shape), self.master, self.master.new_zeros(()), out=self.weight)
+
+
+class WeightGates:
+    """Weight gating of a model that the engine owns: one keep-vector at a time, no copy of the model per row."""
+
+    def __init__(self, model: nn.Module, index: ComponentIndex) -> None:
+        index.check(model)
+        parameters = dict(model.named_parameters())
+        self._weights = []
+        first = 0
+        for port in index.ports:
+            weight = parameters[port.parameter].detach()
+            self._weights.append(_GatedWeight(weight, weight.clone(), first, port))
+            first += port.count
+
+    def set(self, keep: Tensor) -> None:
+        """Makes the model run with this keep-vector, (components,) bool on the model's device."""
+        for gated in self._weights:
+            gated.set(keep)
+
+    def restore(self) -> None:
+        """Gives every gated weight its original value, bit for bit."""
+        for gated in self._weights:
+            gated.weight.copy_(gated.master)

@@ -1,0 +1,81 @@
+"""Outputs: one number per example from the model's logits (examples, classes) and the targets (examples,)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ablate.errors import UnknownNameError
+
+
+class Output(ABC):
+    """One number per example. Subclass it, set `name`, implement `__call__`, pass an instance as `output=`.
+
+    Implementations must be pure functions of their arguments, treat examples independently and stay on the device.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns (examples,) from logits (examples, classes) and targets (examples,) int64."""
+
+
+class Margin(Output):
+    """The correct-class margin, `logit[y] - max(other logits)`: positive exactly where the prediction is correct.
+
+    Source: COAR (arXiv 2404.11534), Section 3.
+    """
+
+    name = "margin"
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the margin, (examples,), in logits."""
+        own = logits.gather(1, targets[:, None])
+        others = logits.scatter(1, targets[:, None], float("-inf"))
+        return (own - others.amax(dim=1, keepdim=True)).squeeze(1)
+
+
+class Logit(Output):
+    """The logit of the target class."""
+
+    name = "logit"
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the target's logit, (examples,)."""
+        return logits.gather(1, targets[:, None]).squeeze(1)
+
+
+class CrossEntropyLoss(Output):
+    """The cross-entropy loss of the target class, in nats: here a *negative* weight supports the prediction."""
+
+    name = "loss"
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the loss, (examples,)."""
+        return F.cross_entropy(logits, targets, reduction="none")
+
+
+_OUTPUTS: dict[str, type[Output]] = {output.name: output for output in (Margin, Logit, CrossEntropyLoss)}
+
+
+def output_names() -> tuple[str, ...]:
+    """Returns the names of the outputs a spec may ask for."""
+    return tuple(_OUTPUTS)
+
+
+def get_output(output: str | Output) -> Output:
+    """Returns the output of this name, or the instance given. Raises UnknownNameError with the nearest matches."""
+    if isinstance(output, Output):
+        return output
+    if output not in _OUTPUTS:
+        raise UnknownNameError("output", output, _OUTPUTS, "Or pass an instance of a subclass of ablate.Output.")
+    return _OUTPUTS[output]()
+
+
+def predictions_correct(margins: Tensor) -> Tensor:
+    """Returns which examples are classified correctly, bool, from their margins: ties count as wrong."""
+    return torch.gt(margins, 0)

@@ -1,0 +1,148 @@
+"""Selection: an immutable set of component ids of one index, with set algebra. Every editing method ends in one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from ablate.components import ComponentIndex
+from ablate.errors import SelectionError, UnknownNameError
+
+JSON_FORMAT = "selection"
+
+
+class Selection:
+    """Some components of one index. Immutable: every operation returns a new selection."""
+
+    __slots__ = ("__dict__", "ids", "index")
+
+    index: ComponentIndex
+    ids: tuple[int, ...]
+
+    def __init__(self, index: ComponentIndex, ids: Iterable[int]) -> None:
+        values = sorted({int(i) for i in ids})
+        if values and (values[0] < 0 or values[-1] >= len(index)):
+            outside = [i for i in values if not 0 <= i < len(index)]
+            raise SelectionError(
+                f"Component ids {', '.join(map(str, outside[:5]))} do not exist; ids are 0 to {len(index) - 1}."
+            )
+        self.index = index
+        self.ids = tuple(values)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids)
+
+    def __contains__(self, component: object) -> bool:
+        return component in self._set
+
+    @cached_property
+    def _set(self) -> frozenset[int]:
+        return frozenset(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Selection) and self.ids == other.ids and self.index == other.index
+
+    def __hash__(self) -> int:
+        return hash((self.index, self.ids))
+
+    def __repr__(self) -> str:
+        return f"<Selection: {len(self):,} of {len(self.index):,} components>"
+
+    def __invert__(self) -> Selection:
+        return Selection(self.index, np.flatnonzero(self.keep()))
+
+    def __or__(self, other: Selection) -> Selection:
+        return Selection(self.index, self._set | self._same_index(other)._set)
+
+    def __and__(self, other: Selection) -> Selection:
+        return Selection(self.index, self._set & self._same_index(other)._set)
+
+    def __sub__(self, other: Selection) -> Selection:
+        return Selection(self.index, self._set - self._same_index(other)._set)
+
+    def _same_index(self, other: Selection) -> Selection:
+        if self.index != other.index:
+            raise SelectionError(
+                f"These selections belong to different indices: {self.index.hash[:12]} ({len(self.index):,} "
+                f"components) and {other.index.hash[:12]} ({len(other.index):,}). Combine selections of one index only."
+            )
+        return other
+
+    def where(self, *, module: str | None = None, kind: str | None = None, layer: int | None = None) -> Selection:
+        """Returns the selected components whose module name fits a pattern and whose kind and layer are as given.
+
+        Raises:
+          UnknownNameError: The pattern, kind or layer fits nothing in the whole index.
+        """
+        ports = self.index.ports
+        if kind is not None and kind not in {p.kind for p in ports}:
+            raise UnknownNameError("component kind", kind, sorted({p.kind for p in ports}))
+        if module is not None and not any(fnmatchcase(p.module, module) for p in ports):
+            raise UnknownNameError(
+                "module", module, [p.module for p in ports], f"index.modules() lists all {len(ports)} indexed modules."
+            )
+        if layer is not None and not 0 <= layer < len(ports):
+            raise UnknownNameError("layer", str(layer), [], f"Layers are 0 to {len(ports) - 1}.")
+        fits = [
+            (module is None or fnmatchcase(p.module, module))
+            and (kind is None or p.kind == kind)
+            and (layer is None or p.layer == layer)
+            for p in ports
+        ]
+        chosen = np.repeat(fits, [p.count for p in ports])
+        return Selection(self.index, (i for i in self.ids if chosen[i]))
+
+    def sample(self, n: int, seed: int) -> Selection:
+        """Returns `n` of the selected components, drawn without replacement; the same for the same seed.
+
+        Uses a generator of its own: no global random state is read or changed.
+        """
+        if not 0 <= n <= len(self):
+            raise SelectionError(f"Cannot sample {n} of {len(self)} components. Give n between 0 and {len(self)}.")
+        raw = np.random.Philox(key=np.array([seed, len(self)], dtype=np.uint64)).random_raw(len(self))
+        return Selection(self.index, (self.ids[i] for i in np.argsort(raw, kind="stable")[:n]))
+
+    def keep(self) -> npt.NDArray[np.bool_]:
+        """Returns the keep-vector (components,) that ablates exactly these: False where selected, True elsewhere."""
+        keep = np.ones(len(self.index), dtype=np.bool_)
+        keep[list(self.ids)] = False
+        return keep
+
+    def expect(self, count: int) -> Selection:
+        """Returns this selection, or raises SelectionError with the count per module if it has not `count` members."""
+        if len(self) != count:
+            listing = self.table().groupby("module", sort=False).size().to_string() if self.ids else "  (none)"
+            raise SelectionError(f"Expected {count:,} components, found {len(self):,}. Per module:\n{listing}")
+        return self
+
+    def table(self) -> pd.DataFrame:
+        """Returns the selected rows of the index as a DataFrame."""
+        return self.index.table().iloc[list(self.ids)].reset_index(drop=True)
+
+    def to_json(self) -> str:
+        """Returns the ids and the index's hash as JSON; `from_json` gives the selection back."""
+        return json.dumps({"format": JSON_FORMAT, "version": 1, "index": self.index.hash, "ids": list(self.ids)})
+
+    @classmethod
+    def from_json(cls, text: str, index: ComponentIndex) -> Selection:
+        """Returns the selection that `to_json` wrote. Raises SelectionError if it belongs to another index."""
+        try:
+            data = json.loads(text)
+            stored, ids = data["index"], data["ids"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise SelectionError(f"This is no selection in JSON: {type(error).__name__}: {error}.") from error
+        if stored != index.hash:
+            raise SelectionError(
+                f"This selection belongs to index {stored[:12]}, not to {index.hash[:12]} ({len(index):,} components). "
+                "Use the index it was made with."
+            )
+        return cls(index, ids)

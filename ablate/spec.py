@@ -1,0 +1,226 @@
+"""CampaignSpec: everything a campaign is, from Python objects or a TOML file; all its problems are reported at once."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
+from torch import nn
+
+from ablate.components import ComponentIndex, component_kinds
+from ablate.data import Examples
+from ablate.engine import PRECISIONS
+from ablate.errors import SpecError, nearest
+from ablate.loading import (
+    ArraysData,
+    DataSource,
+    DigitsData,
+    DigitsModel,
+    FactoryModel,
+    ImageFolderData,
+    ModelSource,
+    TimmModel,
+    TorchvisionModel,
+    load_data,
+    load_model,
+)
+from ablate.outputs import Output, output_names
+
+
+class ComponentsSpec(BaseModel):
+    """Which components: the arguments of `ComponentIndex.from_model`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kinds: tuple[str, ...] | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+
+class _Settings(BaseModel):
+    """The part of a spec that is the same in TOML and Python."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    rows: int = Field(ge=1)
+    ablate_fraction: float = Field(gt=0, lt=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    precision: str = "float32"
+    batch_size: int = Field(128, ge=1)
+    block_rows: int = Field(64, ge=1)
+    device: str = "auto"
+    store: str | None = None
+    components: ComponentsSpec = ComponentsSpec()
+
+
+class _FileSpec(_Settings):
+    model: ModelSource
+    data: DataSource
+    output: str = "margin"
+
+
+class _ObjectSpec(_Settings):
+    model: SkipValidation[Any]
+    data: SkipValidation[Any]
+    output: SkipValidation[Any] = "margin"
+    index: SkipValidation[Any] = None
+
+
+class CampaignSpec:
+    """A campaign: model, data, components, output, keep plan, and how to run it.
+
+    Args:
+      model: An `nn.Module`, or a table like `{"source": "torchvision", "name": "resnet18"}`.
+      data: `(inputs, targets)`, a `Dataset`, `Examples`, or a table like `{"source": "arrays", "path": "x.npz"}`.
+      rows: Number of keep-vectors.
+      ablate_fraction: Share of components switched off in each.
+      seed: Of the keep-vectors; row i depends on (seed, i) alone.
+      output: A registered name or an instance of a subclass of `Output`.
+      components: `{"kinds": [...], "include": [...], "exclude": [...]}`.
+      index: A ready ComponentIndex, instead of `components`.
+      precision, batch_size, device: As for `Engine`; device `auto` is CUDA where there is one, else the CPU.
+      block_rows: Keep-vectors per block, the unit that is computed, stored and resumed.
+      store: Where the campaign is stored.
+
+    Raises:
+      SpecError: With every problem of the spec, not only the first.
+    """
+
+    def __init__(self, *, where: str = "CampaignSpec", **values: Any) -> None:
+        objects = isinstance(values.get("model"), nn.Module) or not isinstance(values.get("data"), Mapping)
+        schema: type[_Settings] = _ObjectSpec if objects and where == "CampaignSpec" else _FileSpec
+        problems: list[str] = []
+        settings: Any = None
+        try:
+            settings = schema.model_validate(values)
+        except ValidationError as error:
+            problems += _explain(error, schema)
+        problems += _check_names(values)
+        if problems:
+            raise SpecError(where, problems)
+        self.settings: _Settings = settings
+        self._values: Any = settings
+        self._loaded: tuple[nn.Module, Examples] | None = None
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> CampaignSpec:
+        """Returns the spec in a TOML file. Paths in it are relative to the working directory.
+
+        Raises:
+          SpecError: The file is missing, is no TOML, or has problems: all of them.
+        """
+        file = Path(path)
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError(str(file), [f"cannot be read: {error.strerror}"]) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SpecError(str(file), [f"is no TOML: {error}"]) from error
+        return cls(where=str(file), **values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> CampaignSpec:
+        """Returns the spec that `describe` gave, e.g. from a store's header; its model and data must be loadable."""
+        return cls(where=where, **values)
+
+    def load(self) -> tuple[nn.Module, Examples]:
+        """Returns the model and the examples; loads them on the first call."""
+        if self._loaded is None:
+            model, data = self._values.model, self._values.data
+            transform = None
+            if isinstance(model, (DigitsModel, TorchvisionModel, TimmModel, FactoryModel)):
+                model, transform = load_model(model)
+            if isinstance(data, (DigitsData, ArraysData, ImageFolderData)):
+                data = load_data(data, transform)
+            self._loaded = model, Examples.of(data)
+        return self._loaded
+
+    def make_index(self, model: nn.Module) -> ComponentIndex:
+        """Returns the component index the spec asks for."""
+        given = getattr(self._values, "index", None)
+        if given is not None:
+            return given  # type: ignore[no-any-return]
+        chosen = self.settings.components
+        return ComponentIndex.from_model(model, chosen.kinds, include=chosen.include, exclude=chosen.exclude)
+
+    @property
+    def output(self) -> str | Output:
+        """The output's name or instance."""
+        return self._values.output  # type: ignore[no-any-return]
+
+    @property
+    def loadable(self) -> bool:
+        """Whether model, data and output are named, so that the spec alone can run the campaign again."""
+        return isinstance(self._values, _FileSpec)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the spec as JSON-able values; Python objects by their type."""
+        values = self.settings.model_dump(mode="json", exclude={"model", "data", "output", "index"})
+        for name in ("model", "data"):
+            value = getattr(self._values, name)
+            values[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else _python_object(value)
+        values["output"] = self.output.name if isinstance(self.output, Output) else self.output
+        return values
+
+
+def _python_object(value: Any) -> dict[str, str]:
+    return {"source": "python", "type": f"{type(value).__module__}.{type(value).__qualname__}"}
+
+
+def _check_names(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the problems of names that are checked against registries, with the nearest matches."""
+    chosen = values.get("components")
+    kinds = chosen.get("kinds") if isinstance(chosen, Mapping) else None
+    for kind in kinds if isinstance(kinds, (list, tuple)) else ():
+        yield from _check_name("components.kinds", kind, component_kinds())
+    if "output" in values and not isinstance(values["output"], Output):
+        yield from _check_name("output", values["output"], output_names())
+    if "precision" in values:
+        yield from _check_name("precision", values["precision"], tuple(PRECISIONS))
+
+
+def _check_name(key: str, name: Any, known: tuple[str, ...]) -> Iterator[str]:
+    if name not in known:
+        close = nearest(str(name), known)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        yield f"{key}: got {name!r}, expected one of {', '.join(known)}.{hint}"
+
+
+def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
+    """Returns one sentence per problem that pydantic found: where, what was expected, what was given."""
+    problems = []
+    for problem in error.errors():
+        tags = {"digits", "torchvision", "timm", "factory", "arrays", "imagefolder"}
+        path = [str(part) for i, part in enumerate(problem["loc"]) if i != 1 or part not in tags]
+        key = ".".join(path)
+        if problem["type"] == "extra_forbidden":
+            close = nearest(path[-1], _field_names(schema, path[:-1]))
+            hint = f" Did you mean {close[0]!r}?" if close else " Remove it."
+            problems.append(f"{key}: unknown key.{hint}")
+        elif problem["type"] == "missing":
+            problems.append(f"{key}: missing. Give it.")
+        elif problem["type"] == "union_tag_invalid":
+            tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "")
+            close = nearest(tag, known.split(", "))
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            problems.append(f"{key}.source: got {tag!r}, expected one of {known}.{hint}")
+        elif problem["type"] == "union_tag_not_found":
+            problems.append(f"{key}: missing source. Give source = '...'.")
+        else:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            problems.append(f"{key}: got {problem['input']!r}, but {message.replace('input should', 'it should')}.")
+    return problems
+
+
+def _field_names(schema: type[BaseModel], path: list[str]) -> list[str]:
+    if path == ["components"]:
+        return list(ComponentsSpec.model_fields)
+    if path == ["model"]:
+        return [f for s in (DigitsModel, TorchvisionModel, TimmModel, FactoryModel) for f in s.model_fields]
+    if path == ["data"]:
+        return [f for s in (DigitsData, ArraysData, ImageFolderData) for f in s.model_fields]
+    return list(schema.model_fields)

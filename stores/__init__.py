@@ -1,0 +1,23 @@
+"""Zarr v3 formats of the toolkit: campaigns (outputs under many keep-vectors) and attributions. numpy + zarr, no torch.
+
+Conventions, stated once: arrays carry named dimensions; `keep` is True where a component is kept and is stored
+bit-packed, component c in bit c % 8 of byte c // 8; a block is a run of consecutive rows that is written once, checked
+by a sha256 read back from storage, then marked in the ledger. Only marked blocks are ever read as data.
+"""
+
+from stores.attributions import AttributionStore as AttributionStore
+from stores.blocks import Rows as Rows
+from stores.campaign import CampaignStore as CampaignStore
+from stores.errors import DamagedBlockError as DamagedBlockError
+from stores.errors import StoreError as StoreError
+from stores.errors import StoreExistsError as StoreExistsError
+from stores.errors import StoreMismatchError as StoreMismatchError
+from stores.errors import StoreNotFoundError as StoreNotFoundError
+from stores.errors import StoreUnreadableError as StoreUnreadableError
+from stores.errors import UnfinishedStoreError as UnfinishedStoreError
+from stores.keepbits import pack_keep as pack_keep
+from stores.keepbits import unpack_keep as unpack_keep
+from stores.schema import FORMAT_VERSION as FORMAT_VERSION
+from stores.schema import Difference as Difference
+from stores.schema import content_hash as content_hash
+from stores.schema import differences as differences

@@ -1,0 +1,146 @@
+"""AttributionStore: one linear attribution per example, with standard errors and quality, and how it was estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from stores.blocks import Blocks, Rows, add_block_array, add_ledger
+from stores.errors import UnfinishedStoreError
+from stores.schema import (
+    COMPONENTS,
+    EXAMPLES,
+    FORMAT_VERSION,
+    Columns,
+    Location,
+    create_group,
+    describe_location,
+    open_group,
+    read_columns,
+    write_columns,
+)
+
+KIND = "attributions"
+QUALITY = ("correlation", "r2", "ridge", "residual_sd")
+
+
+class AttributionStore:
+    """Attributions on disk: `weights` and `stderr` (examples, components) float32, `bias` (examples,), quality columns.
+
+    `output(keep) ~ bias + sum_i weights_i * keep_i`: a positive weight means that the component supports the output.
+    """
+
+    def __init__(self, group: zarr.Group, location: Location) -> None:
+        self.location = location
+        self.where = describe_location(location)
+        self._group = group
+        names = ("weights", "stderr", "bias", *(f"quality/{name}" for name in QUALITY))
+        self._blocks = Blocks(group, names, self.where)
+        self.header: dict[str, Any] = dict(group.attrs)
+        self.example_count: int = self._blocks.rows
+        self.block_examples: int = self._blocks.block
+        self.component_count: int = self._blocks.arrays["weights"].shape[1]
+
+    @classmethod
+    def create(
+        cls,
+        location: Location,
+        *,
+        header: Mapping[str, Any],
+        components: Columns,
+        examples: Columns,
+        block_examples: int,
+    ) -> AttributionStore:
+        """Makes an empty store, whole or not at all, and returns it open for writing.
+
+        Raises:
+          StoreExistsError: Something is there already.
+        """
+        component_count, example_count = len(components["id"]), len(examples["id"])
+
+        def fill(group: zarr.Group) -> None:
+            block = min(block_examples, example_count)
+            for name in ("weights", "stderr"):
+                add_block_array(group, name, example_count, block, component_count, "float32", (EXAMPLES, COMPONENTS))
+            add_block_array(group, "bias", example_count, block, None, "float32", (EXAMPLES,))
+            quality = group.require_group("quality")
+            for name in QUALITY:
+                add_block_array(quality, name, example_count, block, None, "float32", (EXAMPLES,))
+            add_ledger(group, example_count, block)
+            write_columns(group, "examples", EXAMPLES, examples)
+            write_columns(group, "components", COMPONENTS, components)
+            group.update_attributes({"format": KIND, "format_version": FORMAT_VERSION, **header})
+
+        create_group(location, fill)
+        return cls(open_group(location, KIND, "r+"), location)
+
+    @classmethod
+    def open(cls, location: Location) -> AttributionStore:
+        """Returns the finished store at `location`, read-only. Mutates nothing.
+
+        Raises:
+          StoreNotFoundError, StoreUnreadableError: Nothing, or something else, is there.
+          UnfinishedStoreError: The estimation that writes it has not finished.
+          DamagedBlockError: A finished block has lost a file.
+        """
+        store = cls(open_group(location, KIND), location)
+        finished = store._blocks.finished()
+        if not finished.all():
+            raise UnfinishedStoreError(
+                f"{store.where}: only {int(finished.sum())} of {len(finished)} blocks of examples are estimated. "
+                "Fit again with overwrite=True (`coar fit --overwrite`)."
+            )
+        store._blocks.check_present()
+        return store
+
+    @property
+    def weights(self) -> Rows:
+        """Effect of keeping each component, in units of the output, (examples, components) float32; index to read."""
+        return Rows(self._blocks, "weights")
+
+    @property
+    def stderr(self) -> Rows:
+        """Standard error of each weight, same shape and unit; index to read."""
+        return Rows(self._blocks, "stderr")
+
+    @property
+    def bias(self) -> Rows:
+        """Predicted output with every component ablated, (examples,) float32; index to read."""
+        return Rows(self._blocks, "bias")
+
+    @property
+    def quality(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Quality per example: held-out correlation and r2, the ridge used, the residual standard deviation."""
+        rows = np.arange(self.example_count)
+        return {name: self._blocks.take(f"quality/{name}", rows, nan_is_lost=False) for name in QUALITY}
+
+    @property
+    def examples(self) -> dict[str, npt.NDArray[Any]]:
+        """The columns `id`, `label`, `group` of the examples."""
+        return read_columns(self._group, "examples")
+
+    @property
+    def components(self) -> dict[str, npt.NDArray[Any]]:
+        """The columns of the component index."""
+        return read_columns(self._group, "components")
+
+    def blocks_of(self, examples: slice) -> list[int]:
+        """Returns the blocks that a slab of examples, aligned to blocks, is made of."""
+        return list(range(examples.start // self.block_examples, -(-examples.stop // self.block_examples)))
+
+    def write_block(self, block: int, values: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Writes `weights`, `stderr`, `bias` and `quality/*` of a block of examples, then marks it finished."""
+        self._blocks.write(block, values)
+
+    def span(self, block: int) -> slice:
+        """Returns the examples of a block."""
+        return self._blocks.span(block)
+
+    def verify(self) -> None:
+        """Reads everything back and raises DamagedBlockError unless each block's sha256 is the ledger's."""
+        for block in range(len(self._blocks)):
+            self._blocks.read(block)

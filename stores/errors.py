@@ -1,0 +1,46 @@
+"""What can be wrong with a store. Every message says where, what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stores.schema import Difference
+
+
+class StoreError(Exception):
+    """Base class of everything a store can complain about."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is nothing at this place."""
+
+
+class StoreExistsError(StoreError, FileExistsError):
+    """There is something at this place already, and it will not be overwritten unasked."""
+
+
+class StoreUnreadableError(StoreError):
+    """There is something at this place, but not a store this version can read."""
+
+
+class UnfinishedStoreError(StoreError):
+    """Data was asked for that has not been computed yet."""
+
+
+class DamagedBlockError(StoreError):
+    """A finished block no longer holds what was written."""
+
+
+class StoreMismatchError(StoreError):
+    """A store was made from something else than what it is now used with.
+
+    Attributes:
+      differences: Every key that differs, with the stored and the new value.
+    """
+
+    def __init__(self, where: str, differences: Sequence[Difference], advice: str) -> None:
+        self.differences = tuple(differences)
+        lines = "\n".join(f"  {difference}" for difference in self.differences)
+        super().__init__(f"{where} was made from something else. What differs (stored -> now):\n{lines}\n{advice}")

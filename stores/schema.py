@@ -1,0 +1,193 @@
+"""Format version, dimension names, content hashes, and opening a group or saying exactly why that cannot be done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.abc.store import Store
+
+from stores.errors import StoreExistsError, StoreNotFoundError, StoreUnreadableError
+
+FORMAT_VERSION = 1
+
+KEEP_ROWS = "keep_rows"
+KEEP_BYTES = "keep_bytes"
+EXAMPLES = "examples"
+COMPONENTS = "components"
+BLOCKS = "blocks"
+DIGEST = "digest_bytes"
+
+Location = str | os.PathLike[str] | Store
+Columns = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key whose value in a store is not the value it is now used with."""
+
+    key: str
+    stored: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_short(self.stored)} -> {_short(self.now)}"
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def canonical_json(value: Any) -> str:
+    """Returns `value` as JSON with sorted keys and no spaces: equal values give equal texts."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def content_hash(value: Any) -> str:
+    """Returns the sha256 (hex) of a JSON-able value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[Difference]:
+    """Returns every leaf key at which two nested mappings differ, in sorted order; a missing key counts as nothing."""
+    found: list[Difference] = []
+    for key in sorted({*stored, *now}):
+        old, new = stored.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(Difference(f"{prefix}{key}", old, new))
+    return found
+
+
+def describe_location(location: Location) -> str:
+    """Returns a location as users know it: a path, or the name of a zarr store object."""
+    return str(location) if isinstance(location, Store) else os.fspath(location)
+
+
+def exists(location: Location) -> bool:
+    """Returns whether a zarr group is at this place."""
+    if isinstance(location, Store):
+        return _open(location) is not None
+    return (Path(location) / "zarr.json").is_file()
+
+
+def _open(location: Location, mode: str = "r") -> zarr.Group | None:
+    target = location if isinstance(location, Store) else os.fspath(location)
+    try:
+        return zarr.open_group(target, mode=mode)  # type: ignore[arg-type]
+    except FileNotFoundError:
+        return None
+
+
+def open_group(location: Location, kind: str, mode: str = "r") -> zarr.Group:
+    """Returns the group of a store of this kind (mode `r` or `r+`). Mutates nothing.
+
+    Raises:
+      StoreNotFoundError: Nothing is there.
+      StoreUnreadableError: Something else is there: not a group, damaged metadata, another kind or format version.
+    """
+    where = describe_location(location)
+    if not isinstance(location, Store) and not Path(location).exists():
+        raise StoreNotFoundError(f"No {kind} store at {where}: nothing is there. Check the path, or make one first.")
+    try:
+        group = _open(location, mode)
+    except Exception as error:  # zarr and JSON raise many types for damaged metadata
+        raise StoreUnreadableError(
+            f"{where} cannot be read as a {kind} store: {type(error).__name__}: {error}. Its metadata is damaged or "
+            "it was not written by this toolkit; restore it from a copy, or delete it and run again."
+        ) from error
+    if group is None:
+        raise StoreUnreadableError(
+            f"{where} exists but is no {kind} store: it has no zarr.json. Check the path; if a program died while "
+            "making it, delete it and run again."
+        )
+    header = dict(group.attrs)
+    found, version = header.get("format"), header.get("format_version")
+    if found != kind:
+        raise StoreUnreadableError(
+            f"{where} is no {kind} store: its format is {found or 'not written by this toolkit'!r}, "
+            f"expected {kind!r}. Check the path."
+        )
+    if version != FORMAT_VERSION:
+        raise StoreUnreadableError(
+            f"{where} has format version {version}, this version of the toolkit reads {FORMAT_VERSION}. "
+            "Open it with the version that wrote it (see its `environments` attribute), or run it again."
+        )
+    return group
+
+
+def create_group(location: Location, fill: Callable[[zarr.Group], None]) -> None:
+    """Makes a group at `location`, filled by `fill`, in one step: a reader sees the whole of it or nothing.
+
+    Raises:
+      StoreExistsError: Something is there already.
+    """
+    if isinstance(location, Store):
+        if exists(location):
+            raise StoreExistsError(f"There is a store at {describe_location(location)} already.")
+        fill(zarr.open_group(location, mode="w"))
+        _consolidate(location)
+        return
+    path = Path(location)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StoreExistsError(f"There is something at {path} already. Choose another path or remove it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.draft"
+    try:
+        fill(zarr.open_group(str(draft), mode="w"))
+        _consolidate(str(draft))
+        os.rename(draft, path)  # atomic; refuses a non-empty directory that appeared meanwhile
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _consolidate(target: str | Store) -> None:
+    """Lets `xarray.open_zarr` read all metadata in one go, without its warning about doing otherwise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr: consolidated metadata is not part of the v3 specification yet
+        zarr.consolidate_metadata(target)
+
+
+def write_columns(group: zarr.Group, name: str, dimension: str, columns: Columns) -> None:
+    """Adds one 1-D array per column to the sub-group `name`; text is stored as variable-length UTF-8."""
+    table = group.require_group(name)
+    for column, values in columns.items():
+        text = values.dtype.kind in "UOT"
+        array = table.create_array(
+            column,
+            shape=values.shape,
+            dtype=str if text else values.dtype,
+            chunks=(max(1, len(values)),),
+            dimension_names=(dimension,),
+            config={"write_empty_chunks": True},
+        )
+        if len(values):
+            array[:] = values.astype(object) if text else values
+
+
+def read_columns(group: zarr.Group, name: str) -> dict[str, npt.NDArray[Any]]:
+    """Returns the columns of a table written by `write_columns`, in name order; text as numpy object arrays."""
+    table = group[name]
+    if not isinstance(table, zarr.Group):
+        raise StoreUnreadableError(f"{group.store_path}: {name!r} is no table. The store is damaged.")
+    columns: dict[str, npt.NDArray[Any]] = {}
+    for column, array in sorted(table.arrays()):
+        values = np.asarray(array[:])
+        columns[column] = values.astype(object) if values.dtype.kind == "T" else values
+    return columns
