@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 import stores
 from ablate.components import ComponentIndex
@@ -19,6 +17,7 @@ from ablate.data import Examples
 from ablate.engine import Engine
 from ablate.errors import NonFiniteOutputError, SpecError
 from ablate.keep import KeepPlan
+from ablate.progress import progress_bar
 from ablate.spec import CampaignSpec
 from ablate.state import model_hash, preserved_random_state
 from stores import CampaignStore, StoreMismatchError, StoreNotFoundError
@@ -131,7 +130,7 @@ def _open_or_create(
             rows=plan.rows,
             block_rows=spec.settings.block_rows,
         )
-    found = stores.differences(campaign.header["identity"], identity)
+    found = stores.differences(campaign.header.get("identity", {}), identity)
     if accept_versions:
         found = [difference for difference in found if not difference.key.startswith("versions.")]
     if found:
@@ -151,16 +150,8 @@ def _compute_missing(
     campaign: CampaignStore, engine: Engine, plan: KeepPlan, examples: Examples, progress: bool
 ) -> None:
     state = campaign.progress
-    terminal = sys.stderr.isatty()
-    with tqdm(
-        desc=f"ablate {len(examples)} examples",
-        total=state.rows,
-        initial=state.finished_rows,
-        unit="row",
-        disable=not progress or state.complete,
-        mininterval=0.5 if terminal else 15,
-        dynamic_ncols=terminal,
-    ) as bar:
+    what = f"ablate {len(examples)} examples"
+    with progress_bar(what, state.rows, state.finished_rows, "row", progress) as bar:
         for block in campaign.missing_blocks():
             span = campaign.span(block)
             keep = plan.take(span.start, span.stop)
@@ -170,6 +161,12 @@ def _compute_missing(
                 raise NonFiniteOutputError(
                     span.start + error.row, error.example, error.value, examples.ids[error.example]
                 ) from None
+            except Exception as error:
+                error.add_note(
+                    f"This happened in block {block} (keep rows {span.start} to {span.stop - 1}) of {campaign.where}. "
+                    "Finished blocks stay: run the same command again to go on from here."
+                )
+                raise
             campaign.write_block(block, keep, outputs.numpy().astype(np.float32, copy=False))
             bar.update(len(keep))
 

@@ -8,11 +8,13 @@ million components is a page of JSON.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -119,8 +121,8 @@ class ComponentIndex:
 
         Args:
           model: Any module. A weight that several modules share is listed once, under the first.
-          kinds: Component kinds (see `component_kinds()`). None: `conv_filter` where convolutions outnumber linear
-            layers, else `linear_neuron` without the last linear layer, which holds the classes themselves.
+          kinds: Component kinds (see `component_kinds()`). None: `conv_filter` where convolutions outnumber hidden
+            linear layers, else `linear_neuron` without the last linear layer, which holds the classes themselves.
           include, exclude: Patterns of module names (`layer4.*`).
 
         Raises:
@@ -128,6 +130,9 @@ class ComponentIndex:
           SelectionError: No component is left.
         """
         names = [name for name, _ in model.named_modules()]
+        for argument, value in (("kinds", kinds), ("include", include), ("exclude", exclude)):
+            if isinstance(value, str):
+                raise SelectionError(f"{argument} is the string {value!r}, expected a list: {argument}=[{value!r}].")
         for pattern in (*include, *exclude):
             _require_match(pattern, names, "module")
         exclude = tuple(exclude)
@@ -172,7 +177,8 @@ class ComponentIndex:
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
-    def __getitem__(self, component: int) -> Component:
+    def __getitem__(self, component: SupportsIndex) -> Component:
+        component = operator.index(component)
         if not -len(self) <= component < len(self):
             raise IndexError(f"Component {component} does not exist; ids are 0 to {len(self) - 1}.")
         component %= len(self)
@@ -302,7 +308,8 @@ class ComponentIndex:
         if not intact:
             raise ModelMismatchError(
                 f"This component index says format {data['format']!r}, version {data['version']} and hash "
-                f"{data['hash'][:12]}, expected {JSON_FORMAT!r}, {JSON_VERSION} and {index.hash[:12]}: it was changed."
+                f"{str(data['hash'])[:12]}, expected {JSON_FORMAT!r}, {JSON_VERSION} and {index.hash[:12]}: "
+                "it was changed. Make it again with ComponentIndex.from_model(model)."
             )
         return index
 
@@ -319,6 +326,11 @@ class ComponentIndex:
                 problems.append(
                     f"{port.parameter!r} has shape {shape}, expected {port.count * port.width} along axis {port.axis}"
                 )
+            elif prod(shape) != port.count * port.n_parameters:
+                problems.append(
+                    f"{port.parameter!r} has shape {shape}, expected {port.n_parameters:,} values per component, "
+                    f"not {prod(shape) // port.count:,}"
+                )
         if problems:
             shown = "\n".join(f"  {problem}" for problem in problems[:5])
             more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -332,7 +344,7 @@ def _default_kinds(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the default kinds for a model, and the modules to leave out with them."""
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if convolutions > len(linear):
+    if convolutions > len(linear[:-1]):
         return ("conv_filter",), ()
     return ("linear_neuron",), (tuple(linear[-1:]) if len(linear) > 1 else ())
 
@@ -343,7 +355,7 @@ def _require_match(pattern: str, names: Sequence[str], what: str) -> None:
             what,
             pattern,
             (n for n in names if n),
-            f"{len(names)} names were tried; patterns like 'layer4.*' are allowed.",
+            f"{sum(map(bool, names))} names were tried; patterns like 'layer4.*' are allowed.",
         )
 
 

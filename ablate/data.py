@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ablate.errors import DataError
+from ablate.state import preserved_random_state
 
 
 class Examples:
@@ -34,7 +38,7 @@ class Examples:
         groups: Sequence[object] | npt.NDArray[Any] | None = None,
     ) -> None:
         self._inputs: Tensor | Dataset[Any]
-        self._inputs = torch.as_tensor(inputs) if isinstance(inputs, (Tensor, np.ndarray)) else inputs
+        self._inputs = _tensor(inputs, "Inputs") if isinstance(inputs, (Tensor, np.ndarray)) else inputs
         if not isinstance(self._inputs, Tensor) and not hasattr(inputs, "__getitem__"):
             raise DataError(
                 f"Inputs are a {type(inputs).__name__}, expected a tensor, an array or a map-style Dataset."
@@ -42,8 +46,9 @@ class Examples:
         if targets is None:
             if isinstance(self._inputs, Tensor):
                 raise DataError("Labels are missing: give targets, one integer per example, beside the inputs.")
-            targets = [int(self._inputs[i][1]) for i in range(_length(self._inputs))]
-        raw = torch.as_tensor(targets)
+            with preserved_random_state():  # a data set may draw random numbers
+                targets = [_label(self._inputs, i) for i in range(_length(self._inputs))]
+        raw = _tensor(targets, "Targets")
         if raw.ndim != 1 or raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool:
             raise DataError(
                 f"Targets are {raw.dtype} of shape {tuple(raw.shape)}, expected integers of shape (examples,)."
@@ -58,11 +63,16 @@ class Examples:
                 f"Examples do not line up: {lengths}. Expected one of each per example, at least one example."
             )
         if len(set(self.ids)) != count:
-            raise DataError(f"Ids must be distinct: {count - len(set(self.ids))} of {count} occur again.")
+            again = next(name for name, times in Counter(self.ids).items() if times > 1)
+            raise DataError(
+                f"Ids must be distinct: {count - len(set(self.ids))} of {count} repeat another, the first is {again!r}."
+            )
 
     @classmethod
     def of(cls, data: Any, targets: Any = None) -> Examples:
         """Returns `data` as Examples: as it is, or made of (inputs, targets), inputs and targets, or a Dataset."""
+        if targets is not None and isinstance(data, (Examples, tuple)):
+            raise DataError(f"Targets were given twice: in the {type(data).__name__} and beside it. Give them once.")
         if isinstance(data, Examples):
             return data
         if isinstance(data, tuple):
@@ -80,7 +90,8 @@ class Examples:
         stop = len(self) if stop is None else stop
         if isinstance(self._inputs, Tensor):
             return self._inputs[start:stop]
-        items = [torch.as_tensor(self._inputs[i][0]) for i in range(start, stop)]
+        with preserved_random_state():
+            items = [_tensor(_item(self._inputs, i)[0], f"The input of item {i}") for i in range(start, stop)]
         shapes = {tuple(item.shape) for item in items}
         if len(shapes) > 1:
             raise DataError(
@@ -141,3 +152,32 @@ def _length(data: Any) -> int:
         return len(data)
     except TypeError as error:
         raise DataError(f"A {type(data).__name__} has no length: give a map-style Dataset (with __len__).") from error
+
+
+def _item(data: Dataset[Any], i: int) -> Sequence[Any]:
+    item = data[i]
+    if not isinstance(item, (tuple, list)) or not item:
+        raise DataError(f"Item {i} of the {type(data).__name__} is a {type(item).__name__}, expected (input, target).")
+    return item
+
+
+def _label(data: Dataset[Any], i: int) -> int:
+    item = _item(data, i)
+    try:
+        return operator.index(item[1])
+    except (IndexError, TypeError, ValueError):
+        got = repr(item[1]) if len(item) > 1 else "nothing"
+        raise DataError(f"The label of item {i} is {got}, expected an integer: the class.") from None
+
+
+def _tensor(values: Any, what: str) -> Tensor:
+    """Returns values as a tensor, sharing memory where possible; nothing here writes to it."""
+    try:
+        if isinstance(values, np.ndarray) and min(values.strides, default=0) < 0:
+            values = values.copy()  # torch takes no reversed views
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DataError(f"{what} cannot become a tensor: {reason}. Give numbers; images need a transform.") from error

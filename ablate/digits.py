@@ -34,7 +34,8 @@ def digits_split(split: str, seed: int = 0) -> Examples:
     Groups are named `low-vertical`, `low-horizontal`, `high-vertical`, `high-horizontal`; ids name scikit-learn's
     image. The seed decides which image is in which split and which gets which cue.
     """
-    from sklearn.datasets import load_digits
+    with preserved_random_state():  # importing scikit-learn draws from Python's generator
+        from sklearn.datasets import load_digits
 
     if split not in SPLITS:
         raise LoadError(f"No split {split!r} of the digits task; splits are {', '.join(SPLITS)}.")
@@ -74,6 +75,8 @@ def digits_campaign_examples(train_per_group: int, test_per_group: int, seed: in
 
     Ids keep their split: `train/digit-0815`.
     """
+    if train_per_group + test_per_group < 1:
+        raise LoadError("No digits asked for: give train_per_group or test_per_group (or a split).")
     parts = [("train", train_per_group), ("test", test_per_group)]
     inputs, targets, ids, groups = [], [], [], []
     for split, count in parts:
@@ -137,30 +140,53 @@ class ResidualCNN(nn.Module):
         return logits
 
 
-def digits_model(seed: int = 0, cache: str | os.PathLike[str] | None = None, epochs: int = 8) -> ResidualCNN:
+def digits_model(seed: int = 0, cache: str | os.PathLike[str] | None = None, epochs: int = 6) -> ResidualCNN:
     """Returns the trained network of a seed, in eval mode. Deterministic by seed (same machine and thread count).
 
     Args:
       seed: Of the splits, the cues, the initial weights and the order of training.
       cache: A .safetensors file: read if it is there, else trained (a few seconds on two cores) and written.
       epochs: Passes over the training split.
+
+    Raises:
+      LoadError: The cache is damaged, or was trained with another seed or number of epochs.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     path = Path(cache) if cache is not None else None
+    trained = {"seed": str(seed), "epochs": str(epochs)}
     if path is not None and path.is_file():
         with preserved_random_state():
             model = ResidualCNN()
-        load_weights(model, load_file(path), str(path))
+        load_weights(model, _read_cache(path, trained), str(path))
         return model.eval()
     with preserved_random_state():
         model = _train(digits_split("train", seed), seed, epochs)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        save_file(model.state_dict(), draft)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.draft")  # one per process: others may train it now, too
+        save_file(model.state_dict(), draft, metadata=trained)
         os.replace(draft, path)
     return model
+
+
+def _read_cache(path: Path, trained: dict[str, str]) -> dict[str, Tensor]:
+    """Returns the weights in a cache that was written by a training like this one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise LoadError(f"{path} is damaged ({error}). Delete it: the model is then trained again.") from error
+    if found != trained:
+        raise LoadError(
+            f"{path} holds a digits model of seed {found.get('seed', '?')} and {found.get('epochs', '?')} epochs, "
+            f"expected seed {trained['seed']} and {trained['epochs']} epochs. "
+            "Name another cache, or delete it: the model is then trained again."
+        )
+    return weights
 
 
 def _train(examples: Examples, seed: int, epochs: int) -> ResidualCNN:
@@ -180,7 +206,8 @@ def _train(examples: Examples, seed: int, epochs: int) -> ResidualCNN:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    return model.eval().requires_grad_(True)
+    optimizer.zero_grad()  # else a user's first backward would add to the last step's gradients
+    return model.eval()
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:

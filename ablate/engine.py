@@ -45,6 +45,7 @@ class Engine:
     Raises:
       ModelMismatchError: The index does not describe the model.
       UnknownNameError: Unknown output or precision.
+      DataError: The model cannot be copied, or is spread over several devices and `device` is not given.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Engine:
         self.batch_size = batch_size
         self._dtype = PRECISIONS[precision]
         self._data_budget = data_budget
-        self._model = copy.deepcopy(model).eval().requires_grad_(False).to(self.device, self._dtype)
+        self._model = _copy_of(model).eval().requires_grad_(False).to(self.device, self._dtype)
         self._gates = WeightGates(self._model, index)
         self._resident: tuple[Examples, Tensor, Tensor] | None = None
 
@@ -126,10 +127,16 @@ class Engine:
         """Fills `result` (examples,) with one keep-vector's outputs, batch by batch."""
         for start in range(0, len(inputs), self.batch_size):
             stop = min(len(inputs), start + self.batch_size)
-            logits = self._model(inputs[start:stop])
+            logits = self._model(inputs[start:stop].contiguous())  # equal data, equal bits, however it is laid out
             if check_from is not None:  # with the first keep-vector only: looking at labels waits for the device
                 self._check(logits, targets[start:stop], check_from + start)
-            result[start:stop] = self.output(logits, targets[start:stop])
+            values = self.output(logits, targets[start:stop])
+            if tuple(values.shape) != (stop - start,):  # a scalar would be broadcast without a word
+                raise DataError(
+                    f"Output {self.output.name!r} returned shape {tuple(values.shape)} for {stop - start} examples, "
+                    f"expected ({stop - start},): one number per example."
+                )
+            result[start:stop] = values
 
     def _checked_keep(self, keep: Any) -> Tensor:
         array = keep if isinstance(keep, Tensor) else np.asarray(keep)
@@ -145,7 +152,8 @@ class Engine:
                 f"keep has shape {tuple(array.shape)}, expected (rows, {len(self.index)}): one column per component "
                 f"of this index.{advice}"
             )
-        return torch.as_tensor(array).to(self.device)
+        rows = array if isinstance(array, Tensor) else torch.from_numpy(array.copy())  # torch takes no reversed views
+        return rows.to(self.device)
 
     def _chunks(self, examples: Examples) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields (first example, inputs, targets) on the device; the whole data set at once where it fits."""
@@ -168,7 +176,8 @@ class Engine:
             return len(examples)
         elif budget is None:
             budget = HOST_BUDGET
-        return max(1, budget // examples.bytes_per_example // self.batch_size) * self.batch_size
+        fitting = budget // max(1, examples.bytes_per_example)
+        return len(examples) if fitting >= len(examples) else max(1, fitting // self.batch_size) * self.batch_size
 
     def _place(self, inputs: Tensor) -> Tensor:
         dtype = self._dtype if inputs.is_floating_point() else inputs.dtype
@@ -205,6 +214,16 @@ def _no_tf32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the model's own attributes raise
+        raise DataError(
+            f"This {type(model).__name__} cannot be copied, and the engine works on a copy: {error}. If it keeps "
+            "activations as attributes, delete them, or run it under torch.no_grad()."
+        ) from error
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -42,14 +42,11 @@ def attenuated(model: nn.Module, selection: Selection, factor: float) -> Iterato
     try:
         yield
     finally:
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, axis, positions, original in saved:
-                parameters[name].index_copy_(axis, positions, original)
+        _put_back(dict(model.named_parameters()), saved)
 
 
 def attenuate(model: nn.Module, selection: Selection, factor: float) -> list[tuple[str, int, Tensor, Tensor]]:
-    """Multiplies the selected components' weights by `factor`, in place and for good.
+    """Multiplies the selected components' weights by `factor`, in place and for good; if it raises, not at all.
 
     Returns what it overwrote, as (parameter, axis, positions, original slices).
     """
@@ -58,15 +55,26 @@ def attenuate(model: nn.Module, selection: Selection, factor: float) -> list[tup
     if factor == 1.0:
         return saved
     parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, axis, units in _positions(selection):
-            parameter = parameters[name]
-            positions = torch.tensor(units, device=parameter.device)
-            original = parameter.index_select(axis, positions)
-            saved.append((name, axis, positions, original))
-            changed = torch.zeros_like(original) if factor == 0.0 else original * factor
-            parameter.index_copy_(axis, positions, changed)
+    try:
+        with torch.no_grad():
+            for name, axis, units in _positions(selection):
+                parameter = parameters[name]
+                positions = torch.tensor(units, device=parameter.device)
+                original = parameter.index_select(axis, positions)
+                changed = torch.zeros_like(original) if factor == 0.0 else original * factor
+                parameter.index_copy_(axis, positions, changed)
+                saved.append((name, axis, positions, original))
+    except BaseException:
+        _put_back(parameters, saved)
+        raise
     return saved
+
+
+def _put_back(parameters: dict[str, nn.Parameter], saved: list[tuple[str, int, Tensor, Tensor]]) -> None:
+    """Undoes `attenuate`, last change first: two parameters may be views of the same memory."""
+    with torch.no_grad():
+        for name, axis, positions, original in reversed(saved):
+            parameters[name].index_copy_(axis, positions, original)
 
 
 def _positions(selection: Selection) -> list[tuple[str, int, list[int]]]:

@@ -48,16 +48,21 @@ class KeepPlan:
 
     def take(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Returns keep-vectors start to stop - 1, (stop - start, components) bool. Cost: about 5 ns per bit."""
-        return np.stack([self.row(i) for i in range(start, stop)])
+        if not 0 <= start <= stop <= self.rows:
+            raise IndexError(f"Keep rows {start} to {stop} do not exist; give 0 <= start <= stop <= {self.rows}.")
+        keep = np.empty((stop - start, self.components), dtype=np.bool_)
+        for i in range(start, stop):
+            keep[i - start] = self.row(i)
+        return keep
 
     def describe(self) -> dict[str, Any]:
         """Returns what the plan is made of, as JSON-able values."""
         return {
             "algorithm": ALGORITHM,
-            "components": self.components,
-            "rows": self.rows,
-            "ablate_fraction": self.ablate_fraction,
-            "seed": self.seed,
+            "components": int(self.components),  # numpy's numbers are no JSON
+            "rows": int(self.rows),
+            "ablate_fraction": float(self.ablate_fraction),
+            "seed": int(self.seed),
         }
 
     @property

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from ablate.data import Examples
 from ablate.digits import digits_campaign_examples, digits_model, digits_split, load_weights
-from ablate.errors import LoadError, UnknownNameError
+from ablate.errors import DataError, LoadError, UnknownNameError
 from ablate.state import preserved_random_state
 
 Transform = Callable[[Any], Tensor]
@@ -29,7 +30,7 @@ class DigitsModel(_Source):
     """The demo's residual CNN on handwritten digits, trained by seed and cached."""
 
     source: Literal["digits"]
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     cache: str | None = None
 
 
@@ -39,8 +40,8 @@ class TorchvisionModel(_Source):
     source: Literal["torchvision"]
     name: str
     checkpoint: str | None = None
-    classes: int = Field(1000, ge=2)
-    seed: int = Field(0, ge=0)
+    classes: int = Field(default=1000, ge=2)
+    seed: int = Field(default=0, ge=0)
 
 
 class TimmModel(_Source):
@@ -49,8 +50,8 @@ class TimmModel(_Source):
     source: Literal["timm"]
     name: str
     checkpoint: str | None = None
-    classes: int = Field(1000, ge=2)
-    seed: int = Field(0, ge=0)
+    classes: int = Field(default=1000, ge=2)
+    seed: int = Field(default=0, ge=0)
 
 
 class FactoryModel(_Source):
@@ -59,17 +60,23 @@ class FactoryModel(_Source):
     source: Literal["factory"]
     factory: str
     checkpoint: str | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 class DigitsData(_Source):
     """Examples of the digits task: the first so many of each group, or a whole split."""
 
     source: Literal["digits"]
-    seed: int = Field(0, ge=0)
-    train_per_group: int = Field(0, ge=0)
-    test_per_group: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    train_per_group: int = Field(default=0, ge=0)
+    test_per_group: int = Field(default=0, ge=0)
     split: Literal["train", "validation", "test"] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DigitsData:
+        if (self.split is None) == (self.train_per_group + self.test_per_group == 0):
+            raise ValueError("give either split, or train_per_group and test_per_group")
+        return self
 
 
 class ArraysData(_Source):
@@ -145,9 +152,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return dict(load_file(file))
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many types
+        # torch's own text advises to load the file all the same: never repeat that
+        code = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        if code is not None:
+            why = f"it asks for {code[1]}, which is code. Files that contain code are refused, and none of it ran"
+        else:
+            why = f"it is damaged or of another format ({type(error).__name__})"
         raise LoadError(
-            f"{file} is no checkpoint of plain tensors: {type(error).__name__}: {str(error).splitlines()[0]}. "
-            "Files that contain code are refused; save the state_dict as .safetensors."
+            f"{file} is no checkpoint of plain tensors: {why}. Save the state_dict as .safetensors."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -171,7 +183,7 @@ def _torchvision(source: TorchvisionModel) -> tuple[nn.Module, Transform]:
     models = _require("torchvision", "vision").models
     names = models.list_models(module=models)
     if source.name not in names:
-        raise UnknownNameError("torchvision model", source.name, names)
+        raise UnknownNameError("torchvision model", source.name, names, "torchvision.models.list_models() lists all.")
     model = models.get_model(source.name, weights=None, num_classes=source.classes)
     return model, models.get_model_weights(source.name).DEFAULT.transforms()
 
@@ -180,7 +192,11 @@ def _timm(source: TimmModel) -> tuple[nn.Module, Transform]:
     timm = _require("timm", "vision")
     names = timm.list_models()
     if source.name not in names:
-        raise UnknownNameError("timm model", source.name, names)
+        stem = source.name.partition(".")[0]
+        if stem in names:  # a name with timm's tag for pretrained weights
+            advice = "Leave the tag of the pretrained weights out; weights come from a local checkpoint."
+            raise UnknownNameError("timm model", source.name, [stem], advice)
+        raise UnknownNameError("timm model", source.name, names, "timm.list_models() lists all.")
     model = timm.create_model(source.name, pretrained=False, num_classes=source.classes)
     config = timm.data.resolve_model_data_config(model)
     return model, timm.data.create_transform(**config, is_training=False)
@@ -188,7 +204,7 @@ def _timm(source: TimmModel) -> tuple[nn.Module, Transform]:
 
 def _factory(path: str) -> nn.Module:
     module_name, _, function = path.partition(":")
-    if not function:
+    if not module_name or not function:
         raise LoadError(f"factory is {path!r}, expected 'module:function'.")
     try:
         module = importlib.import_module(module_name)
@@ -197,7 +213,14 @@ def _factory(path: str) -> nn.Module:
     if not hasattr(module, function):
         known = [name for name in vars(module) if not name.startswith("_")]
         raise UnknownNameError(f"function in {module_name}", function, known)
-    model = getattr(module, function)()
+    factory = getattr(module, function)
+    if not callable(factory):
+        raise LoadError(f"factory {path!r} is a {type(factory).__name__}, expected a function without arguments.")
+    try:
+        model = factory()
+    except Exception as error:
+        error.add_note(f"This happened in factory {path!r}, which is called without arguments.")
+        raise
     if not isinstance(model, nn.Module):
         raise LoadError(f"factory {path!r} returned a {type(model).__name__}, expected an nn.Module.")
     return model
@@ -217,7 +240,10 @@ def _arrays(path: Path) -> Examples:
             f"{path} has no {' and no '.join(missing)}; it has {', '.join(sorted(arrays)) or 'nothing'}. "
             "Expected inputs, targets and, if wanted, ids and groups."
         )
-    return Examples(arrays["inputs"], arrays["targets"], arrays.get("ids"), arrays.get("groups"))
+    try:
+        return Examples(arrays["inputs"], arrays["targets"], arrays.get("ids"), arrays.get("groups"))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _image_folder(path: Path, transform: Transform | None) -> Examples:
@@ -232,7 +258,7 @@ def _image_folder(path: Path, transform: Transform | None) -> Examples:
     try:
         folder = datasets.ImageFolder(str(path), transform=transform)
     except FileNotFoundError as error:
-        raise LoadError(f"{path} is no image folder: {error}.") from error
+        raise LoadError(f"{path} is no image folder: {str(error).rstrip('.')}.") from error
     ids = [Path(file).relative_to(path).as_posix() for file, _ in folder.samples]
     groups = [folder.classes[label] for label in folder.targets]
     return Examples(folder, folder.targets, ids, groups)

@@ -72,7 +72,7 @@ def get_output(output: str | Output) -> Output:
     if isinstance(output, Output):
         return output
     if output not in _OUTPUTS:
-        raise UnknownNameError("output", output, _OUTPUTS, "Or pass an instance of a subclass of ablate.Output.")
+        raise UnknownNameError("output", str(output), _OUTPUTS, "Or pass an instance of a subclass of ablate.Output.")
     return _OUTPUTS[output]()
 
 

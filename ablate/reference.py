@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ablate.components import ComponentIndex
 from ablate.outputs import Output, get_output
+from ablate.state import preserved_random_state
 
 
 def reference_outputs(
@@ -27,7 +28,7 @@ def reference_outputs(
     for keep_row in keep:
         ablated = copy.deepcopy(model).eval()
         parameters = dict(ablated.named_parameters())
-        with torch.no_grad():
+        with preserved_random_state(), torch.no_grad():
             for i in np.flatnonzero(~keep_row):
                 c = index[int(i)]
                 parameters[c.parameter].narrow(c.axis, c.start, c.stop - c.start).zero_()

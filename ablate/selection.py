@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -15,6 +16,7 @@ from ablate.components import ComponentIndex
 from ablate.errors import SelectionError, UnknownNameError
 
 JSON_FORMAT = "selection"
+JSON_VERSION = 1
 
 
 class Selection:
@@ -26,7 +28,7 @@ class Selection:
     ids: tuple[int, ...]
 
     def __init__(self, index: ComponentIndex, ids: Iterable[int]) -> None:
-        values = sorted({int(i) for i in ids})
+        values = sorted({_component_id(i) for i in ids})
         if values and (values[0] < 0 or values[-1] >= len(index)):
             outside = [i for i in values if not 0 <= i < len(index)]
             raise SelectionError(
@@ -70,6 +72,8 @@ class Selection:
         return Selection(self.index, self._set - self._same_index(other)._set)
 
     def _same_index(self, other: Selection) -> Selection:
+        if not isinstance(other, Selection):
+            raise SelectionError(f"A selection combines with selections only, got a {type(other).__name__}.")
         if self.index != other.index:
             raise SelectionError(
                 f"These selections belong to different indices: {self.index.hash[:12]} ({len(self.index):,} "
@@ -108,6 +112,8 @@ class Selection:
         """
         if not 0 <= n <= len(self):
             raise SelectionError(f"Cannot sample {n} of {len(self)} components. Give n between 0 and {len(self)}.")
+        if not 0 <= seed < 2**63:
+            raise SelectionError(f"seed is {seed}, expected an integer from 0 to 2**63 - 1.")
         raw = np.random.Philox(key=np.array([seed, len(self)], dtype=np.uint64)).random_raw(len(self))
         return Selection(self.index, (self.ids[i] for i in np.argsort(raw, kind="stable")[:n]))
 
@@ -130,19 +136,34 @@ class Selection:
 
     def to_json(self) -> str:
         """Returns the ids and the index's hash as JSON; `from_json` gives the selection back."""
-        return json.dumps({"format": JSON_FORMAT, "version": 1, "index": self.index.hash, "ids": list(self.ids)})
+        return json.dumps(
+            {"format": JSON_FORMAT, "version": JSON_VERSION, "index": self.index.hash, "ids": list(self.ids)}
+        )
 
     @classmethod
     def from_json(cls, text: str, index: ComponentIndex) -> Selection:
         """Returns the selection that `to_json` wrote. Raises SelectionError if it belongs to another index."""
         try:
             data = json.loads(text)
-            stored, ids = data["index"], data["ids"]
+            written, version, stored, ids = data["format"], data["version"], data["index"], list(data["ids"])
         except (ValueError, TypeError, KeyError) as error:
             raise SelectionError(f"This is no selection in JSON: {type(error).__name__}: {error}.") from error
+        if (written, version) != (JSON_FORMAT, JSON_VERSION):
+            raise SelectionError(
+                f"This JSON says format {written!r}, version {version}; expected {JSON_FORMAT!r}, {JSON_VERSION}."
+            )
         if stored != index.hash:
             raise SelectionError(
-                f"This selection belongs to index {stored[:12]}, not to {index.hash[:12]} ({len(index):,} components). "
-                "Use the index it was made with."
+                f"This selection belongs to index {str(stored)[:12]}, not to {index.hash[:12]} ({len(index):,} "
+                "components). Use the index it was made with."
             )
         return cls(index, ids)
+
+
+def _component_id(value: object) -> int:
+    """Returns an id as int. Refuses floats, and booleans: a keep array more likely than the ids 0 and 1."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise SelectionError(
+            f"Component ids are integers, got {value!r}. For what a keep array ablates pass numpy.flatnonzero(~keep)."
+        )
+    return operator.index(value)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 from torch import nn
 
 from ablate.components import ComponentIndex, component_kinds
@@ -48,13 +57,35 @@ class _Settings(BaseModel):
 
     rows: int = Field(ge=1)
     ablate_fraction: float = Field(gt=0, lt=1)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     precision: str = "float32"
-    batch_size: int = Field(128, ge=1)
-    block_rows: int = Field(64, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    block_rows: int = Field(default=64, ge=1)
     device: str = "auto"
     store: str | None = None
     components: ComponentsSpec = ComponentsSpec()
+
+    @field_validator("device")
+    @classmethod
+    def _a_device(cls, name: str) -> str:
+        try:
+            torch.device("cpu" if name == "auto" else name)
+        except RuntimeError:
+            raise ValueError(f"got {name!r}, expected auto, cpu, cuda or cuda:0, cuda:1, ...") from None
+        return name
+
+
+def _or(is_object: Callable[[Any], bool]) -> WrapValidator:
+    """Lets such a Python object through as it is; everything else must be what a file may say."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        return value if is_object(value) else handler(value)
+
+    return WrapValidator(validate)
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, Examples) or (hasattr(value, "__getitem__") and not isinstance(value, (Mapping, str)))
 
 
 class _FileSpec(_Settings):
@@ -63,11 +94,11 @@ class _FileSpec(_Settings):
     output: str = "margin"
 
 
-class _ObjectSpec(_Settings):
-    model: SkipValidation[Any]
-    data: SkipValidation[Any]
-    output: SkipValidation[Any] = "margin"
-    index: SkipValidation[Any] = None
+class _PythonSpec(_Settings):
+    model: Annotated[ModelSource, _or(lambda value: isinstance(value, nn.Module))]
+    data: Annotated[DataSource, _or(_is_data)]
+    output: Annotated[str, _or(lambda value: isinstance(value, Output))] = "margin"
+    index: ComponentIndex | None = None
 
 
 class CampaignSpec:
@@ -91,8 +122,9 @@ class CampaignSpec:
     """
 
     def __init__(self, *, where: str = "CampaignSpec", **values: Any) -> None:
-        objects = isinstance(values.get("model"), nn.Module) or not isinstance(values.get("data"), Mapping)
-        schema: type[_Settings] = _ObjectSpec if objects and where == "CampaignSpec" else _FileSpec
+        self._fill(values, where, _PythonSpec)
+
+    def _fill(self, values: Mapping[str, Any], where: str, schema: type[_Settings]) -> None:
         problems: list[str] = []
         settings: Any = None
         try:
@@ -100,6 +132,8 @@ class CampaignSpec:
         except ValidationError as error:
             problems += _explain(error, schema)
         problems += _check_names(values)
+        if values.get("index") is not None and "components" in values:
+            problems.append("components: given beside index. Give one of the two.")
         if problems:
             raise SpecError(where, problems)
         self.settings: _Settings = settings
@@ -120,12 +154,14 @@ class CampaignSpec:
             raise SpecError(str(file), [f"cannot be read: {error.strerror}"]) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SpecError(str(file), [f"is no TOML: {error}"]) from error
-        return cls(where=str(file), **values)
+        return cls.from_dict(values, str(file))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> CampaignSpec:
         """Returns the spec that `describe` gave, e.g. from a store's header; its model and data must be loadable."""
-        return cls(where=where, **values)
+        spec = cls.__new__(cls)
+        spec._fill(values, where, _FileSpec)
+        return spec
 
     def load(self) -> tuple[nn.Module, Examples]:
         """Returns the model and the examples; loads them on the first call."""
@@ -155,7 +191,8 @@ class CampaignSpec:
     @property
     def loadable(self) -> bool:
         """Whether model, data and output are named, so that the spec alone can run the campaign again."""
-        return isinstance(self._values, _FileSpec)
+        named = isinstance(self._values.model, BaseModel) and isinstance(self._values.data, BaseModel)
+        return named and isinstance(self.output, str) and getattr(self._values, "index", None) is None
 
     def describe(self) -> dict[str, Any]:
         """Returns the spec as JSON-able values; Python objects by their type."""
@@ -197,6 +234,8 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
         tags = {"digits", "torchvision", "timm", "factory", "arrays", "imagefolder"}
         path = [str(part) for i, part in enumerate(problem["loc"]) if i != 1 or part not in tags]
         key = ".".join(path)
+        if problem["type"] == "string_type" and key in ("output", "precision"):
+            continue  # _check_names says it better
         if problem["type"] == "extra_forbidden":
             close = nearest(path[-1], _field_names(schema, path[:-1]))
             hint = f" Did you mean {close[0]!r}?" if close else " Remove it."
@@ -210,10 +249,24 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
             problems.append(f"{key}.source: got {tag!r}, expected one of {known}.{hint}")
         elif problem["type"] == "union_tag_not_found":
             problems.append(f"{key}: missing source. Give source = '...'.")
+        elif problem["type"] == "model_attributes_type":
+            expected = _OBJECTS.get(key, "") if schema is _PythonSpec else ""
+            problems.append(f"{key}: got {_short(problem['input'])}, expected {expected}a table with a source.")
+        elif problem["type"] == "value_error":
+            problems.append(f"{key}: {problem['ctx']['error']}.")
         else:
             message = problem["msg"][0].lower() + problem["msg"][1:]
-            problems.append(f"{key}: got {problem['input']!r}, but {message.replace('input should', 'it should')}.")
+            message = message.replace("input should", "it should")
+            problems.append(f"{key}: got {_short(problem['input'])}, but {message}.")
     return problems
+
+
+_OBJECTS = {"model": "an nn.Module or ", "data": "(inputs, targets), a Dataset, Examples or "}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _field_names(schema: type[BaseModel], path: list[str]) -> list[str]:

@@ -6,7 +6,6 @@ by a sha256 read back from storage, then marked in the ledger. Only marked block
 """
 
 from stores.attributions import AttributionStore as AttributionStore
-from stores.blocks import Rows as Rows
 from stores.campaign import CampaignStore as CampaignStore
 from stores.errors import DamagedBlockError as DamagedBlockError
 from stores.errors import StoreError as StoreError
@@ -17,6 +16,7 @@ from stores.errors import StoreUnreadableError as StoreUnreadableError
 from stores.errors import UnfinishedStoreError as UnfinishedStoreError
 from stores.keepbits import pack_keep as pack_keep
 from stores.keepbits import unpack_keep as unpack_keep
+from stores.rows import Rows as Rows
 from stores.schema import FORMAT_VERSION as FORMAT_VERSION
 from stores.schema import Difference as Difference
 from stores.schema import content_hash as content_hash

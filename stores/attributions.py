@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from stores.blocks import Blocks, Rows, add_block_array, add_ledger
+from stores.blocks import Blocks, add_block_array, add_ledger
 from stores.errors import UnfinishedStoreError
+from stores.rows import Rows
 from stores.schema import (
     COMPONENTS,
     EXAMPLES,
@@ -73,26 +74,28 @@ class AttributionStore:
             add_ledger(group, example_count, block)
             write_columns(group, "examples", EXAMPLES, examples)
             write_columns(group, "components", COMPONENTS, components)
-            group.update_attributes({"format": KIND, "format_version": FORMAT_VERSION, **header})
+            group.update_attributes({**header, "format": KIND, "format_version": FORMAT_VERSION})
 
         create_group(location, fill)
         return cls(open_group(location, KIND, "r+"), location)
 
     @classmethod
-    def open(cls, location: Location) -> AttributionStore:
+    def open(cls, location: Location, *, finish: bool = False) -> AttributionStore:
         """Returns the finished store at `location`, read-only. Mutates nothing.
+
+        With `finish`, a store that is not finished is returned, too, open for writing what is missing.
 
         Raises:
           StoreNotFoundError, StoreUnreadableError: Nothing, or something else, is there.
           UnfinishedStoreError: The estimation that writes it has not finished.
           DamagedBlockError: A finished block has lost a file.
         """
-        store = cls(open_group(location, KIND), location)
+        store = cls(open_group(location, KIND, "r+" if finish else "r"), location)
         finished = store._blocks.finished()
-        if not finished.all():
+        if not finished.all() and not finish:
             raise UnfinishedStoreError(
                 f"{store.where}: only {int(finished.sum())} of {len(finished)} blocks of examples are estimated. "
-                "Fit again with overwrite=True (`coar fit --overwrite`)."
+                "Run the same fit again to finish it."
             )
         store._blocks.check_present()
         return store
@@ -114,9 +117,9 @@ class AttributionStore:
 
     @property
     def quality(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Quality per example: held-out correlation and r2, the ridge used, the residual standard deviation."""
-        rows = np.arange(self.example_count)
-        return {name: self._blocks.take(f"quality/{name}", rows, nan_is_lost=False) for name in QUALITY}
+        """Quality of the finished examples: held-out correlation and r2, ridge used, residual standard deviation."""
+        rows = self._blocks.finished_rows()
+        return {name: self._blocks.take(f"quality/{name}", rows) for name in QUALITY}
 
     @property
     def examples(self) -> dict[str, npt.NDArray[Any]]:
@@ -128,13 +131,20 @@ class AttributionStore:
         """The columns of the component index."""
         return read_columns(self._group, "components")
 
+    def missing_blocks(self) -> list[int]:
+        """Returns the numbers of the blocks of examples still to estimate, as of now."""
+        return [int(block) for block in np.flatnonzero(~self._blocks.finished())]
+
     def blocks_of(self, examples: slice) -> list[int]:
         """Returns the blocks that a slab of examples, aligned to blocks, is made of."""
         return list(range(examples.start // self.block_examples, -(-examples.stop // self.block_examples)))
 
     def write_block(self, block: int, values: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Writes `weights`, `stderr`, `bias` and `quality/*` of a block of examples, then marks it finished."""
-        self._blocks.write(block, values)
+        """Writes `weights`, `stderr`, `bias` and `quality/*` of a block of examples, then marks it finished.
+
+        Only quality may hold NaN: the number is undefined there.
+        """
+        self._blocks.write(block, values, undefined=[f"quality/{name}" for name in QUALITY])
 
     def span(self, block: int) -> slice:
         """Returns the examples of a block."""

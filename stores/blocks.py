@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.core.array_spec import ArrayConfigParams
 from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
 from stores.errors import DamagedBlockError, StoreError, UnfinishedStoreError
 from stores.schema import BLOCKS, DIGEST
 
 Array = npt.NDArray[Any]
-RowIndex = int | slice | Sequence[int] | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_]
 
+_BAD_BYTES = (ValueError, RuntimeError, OSError)  # what zarr and its codecs raise for files that are not what they were
 INNER_COLUMNS = 2048  # columns of an inner chunk: a slab of examples is read without touching the rest of a shard
 # An absent chunk must never pass for a written one: write chunks that equal the fill value, too.
 KEEP_EMPTY: ArrayConfigParams = {"write_empty_chunks": True}
@@ -86,7 +88,12 @@ class Blocks:
 
     def digests(self) -> Array:
         """Returns the ledger as it is in storage now: (blocks, 32) uint8, zeros where a block is not finished."""
-        return np.asarray(self._ledger[:])
+        try:
+            return np.asarray(self._ledger[:])
+        except _BAD_BYTES:
+            for block in range(self.count):
+                self._mark(block)  # names the block
+            raise
 
     def finished(self) -> npt.NDArray[np.bool_]:
         """Returns which blocks are finished, (blocks,) bool, as of now."""
@@ -97,27 +104,50 @@ class Blocks:
         spans = [self.span(int(block)) for block in np.flatnonzero(self.finished())]
         return np.concatenate([np.arange(s.start, s.stop) for s in spans] or [np.zeros(0)]).astype(np.int64)
 
-    def write(self, block: int, values: Mapping[str, Array]) -> None:
+    def write(self, block: int, values: Mapping[str, Array], undefined: Collection[str] = ()) -> None:
         """Writes a whole block and marks it finished: afterwards it is data, until then it is nothing.
 
+        Numbers must be finite, but for the arrays named in `undefined`.
+
         Raises:
-          ValueError: An array is missing or has not the block's shape.
+          ValueError: An array is missing or unknown, has not the block's shape, or is not finite.
           StoreError: The block is finished already, or storage gave back something else than was written.
         """
         span = self.span(block)
-        if self.finished()[block]:
-            raise StoreError(f"{self.where}: block {block} is finished; finished blocks are never rewritten.")
+        if self._mark(block).any():
+            raise StoreError(
+                f"{self.where}: block {block} is finished; finished blocks are never rewritten. "
+                "Is another program writing this store?"
+            )
+        if set(values) != set(self.arrays):
+            raise ValueError(
+                f"{self.where}: block {block} came with {', '.join(sorted(values)) or 'nothing'}, expected "
+                f"{', '.join(sorted(self.arrays))}. Give each of them and nothing else."
+            )
         for name, array in self.arrays.items():
             expected = (span.stop - span.start, *array.shape[1:])
-            got = values[name].shape if name in values else None
-            if got != expected:
-                raise ValueError(f"{self.where}: block {block} of {name!r} has shape {got}, expected {expected}.")
+            if values[name].shape != expected:
+                raise ValueError(
+                    f"{self.where}: block {block} of {name!r} has shape {values[name].shape}, expected {expected}."
+                )
         written = {name: np.ascontiguousarray(values[name], dtype=array.dtype) for name, array in self.arrays.items()}
+        for name in sorted(set(written) - set(undefined)):
+            lost = ~np.isfinite(written[name])
+            if lost.any():
+                row, *column = (int(i) for i in np.argwhere(lost)[0])
+                at = f"row {span.start + row}" + "".join(f", column {c}" for c in column)
+                raise ValueError(
+                    f"{self.where}: block {block} of {name!r} is {written[name][row, *column]} in {at}, expected a "
+                    "finite number. Nothing was stored."
+                )
         for name, array in self.arrays.items():
+            # zarr would merge into a file that a killed program or damage left here
+            sync(array.store.delete(self._file(name, block)))
             array[span] = written[name]
         digest = _digest(self._stored(block))
         if digest != _digest(written):
             raise StoreError(f"{self.where}: storage gave back other bytes than were written for block {block}.")
+        self._flush(block)
         self._ledger[block] = np.frombuffer(digest, dtype=np.uint8)
 
     def read(self, block: int) -> dict[str, Array]:
@@ -127,20 +157,56 @@ class Blocks:
           UnfinishedStoreError: The block is not finished.
           DamagedBlockError: It is, but storage no longer holds what was written.
         """
-        mark = np.asarray(self._ledger[block])
-        if not mark.any():
-            raise UnfinishedStoreError(f"{self.where}: block {block} is not finished. Run the same command again.")
+        mark = self.require_finished(block)
         values = self._stored(block)
         if _digest(values) != mark.tobytes():
             raise self._damaged(block, "its sha256 is not the one in the ledger")
         return values
 
+    def require_finished(self, block: int) -> Array:
+        """Returns the mark of a finished block, its sha256. Raises UnfinishedStoreError if it is not finished now."""
+        mark = self._mark(block)
+        if not mark.any():
+            raise UnfinishedStoreError(f"{self.where}: block {block} is not finished. Run the same command again.")
+        return mark
+
+    def _mark(self, block: int) -> Array:
+        self.span(block)  # refuses a block that does not exist
+        try:
+            return np.asarray(self._ledger[block])
+        except _BAD_BYTES as error:
+            raise self._damaged(block, f"its mark in the ledger cannot be read ({error})") from error
+
     def _stored(self, block: int) -> dict[str, Array]:
         span = self.span(block)
+        found = {}
+        for name, array in self.arrays.items():
+            try:
+                found[name] = np.asarray(array[span])
+            except _BAD_BYTES as error:
+                raise self._damaged(block, f"{name!r} cannot be read ({error})") from error
+        return found
+
+    def _file(self, name: str, block: int) -> str:
+        """Returns the key of the one file (a shard, or a chunk of a column) that holds a block of an array."""
+        array = self.arrays[name]
+        return "/".join([array.path, "c", str(block), *["0"] * (array.ndim - 1)])
+
+    def _require_file(self, name: str, block: int) -> None:
+        """Raises DamagedBlockError if the file is gone or empty: zarr would read the fill value."""
         try:
-            return {name: np.asarray(array[span]) for name, array in self.arrays.items()}
-        except (ValueError, RuntimeError, OSError) as error:  # what zarr's codecs raise for bad bytes
-            raise self._damaged(block, str(error)) from error
+            size = sync(self.arrays[name].store.getsize(self._file(name, block)))
+        except FileNotFoundError:
+            raise self._damaged(block, f"the file of {name!r} is gone") from None
+        if size == 0:
+            raise self._damaged(block, f"the file of {name!r} is empty")
+
+    def _flush(self, block: int) -> None:
+        """Waits until a block's files are on the disk: after a power cut, no mark may stand without its data."""
+        for name, array in self.arrays.items():
+            if isinstance(array.store, LocalStore):
+                with (array.store.root / self._file(name, block)).open("rb") as file:
+                    os.fsync(file.fileno())
 
     def _damaged(self, block: int, why: str) -> DamagedBlockError:
         span = self.span(block)
@@ -151,83 +217,30 @@ class Blocks:
 
     def check_present(self) -> None:
         """Raises DamagedBlockError if a finished block has lost a file. Cost: one look per file, no data is read."""
-        store = self._ledger.store
-        for name, array in self.arrays.items():
-            for block in np.flatnonzero(self.finished()):
-                key = "/".join([array.path, "c", str(block), *["0"] * (array.ndim - 1)])
-                if not sync(store.exists(key)):
-                    raise self._damaged(int(block), f"the file of {name!r} is gone")
+        finished = np.flatnonzero(self.finished())
+        for name in self.arrays:
+            for block in finished:
+                self._require_file(name, int(block))
 
-    def take(self, name: str, rows: Array, columns: Any = slice(None), nan_is_lost: bool = True) -> Array:
-        """Returns rows (by number; all finished) and columns of one array.
+    def take(self, name: str, rows: Array, columns: slice | Array = slice(None)) -> Array:
+        """Returns rows (by number; all finished) and columns of one array; bytes are checked by crc32c only.
 
-        Bytes are checked by crc32c as they are read. NaN is never stored as an output, weight or bias, so it means a
-        lost file; `nan_is_lost=False` is for quality columns, where NaN says that a number is undefined.
+        Raises:
+          DamagedBlockError: A file is gone, empty or not what it was.
         """
         array = self.arrays[name]
         try:
-            if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
-                span = slice(int(rows[0]), int(rows[0]) + len(rows))
-                found = array.oindex[(span, columns)] if array.ndim > 1 else array[span]
-            else:
-                found = array.oindex[(rows, columns)] if array.ndim > 1 else array.oindex[(rows,)]
-        except (ValueError, RuntimeError, OSError) as error:
+            chosen = as_slice(rows)
+            found = array.oindex[(chosen, columns)] if array.ndim > 1 else array.oindex[(chosen,)]
+        except _BAD_BYTES as error:
+            for block in np.unique(rows // self.block):
+                self._stored(int(block))  # names the block
             raise DamagedBlockError(
-                f"{self.where}: {name!r} cannot be read in rows {rows.min()} to {rows.max()}: {error}. "
-                "A block is damaged: read it block by block to find which."
+                f"{self.where}: {name!r} cannot be read in rows {rows.min()} to {rows.max()}: {error}."
             ) from error
-        values: Array = np.asarray(found)
-        if nan_is_lost and values.dtype.kind == "f" and np.isnan(values).any():
-            row = int(rows[np.argwhere(np.isnan(values.reshape(len(rows), -1)))[0, 0]])
-            raise self._damaged(row // self.block, f"{name!r} has no data in row {row}")
-        return values
-
-
-class Rows:
-    """A lazy view of the finished rows of one block array: index it like a numpy array to read.
-
-    `view[rows]` or `view[rows, columns]`; rows are counted among the finished ones, so a campaign that is still
-    running shows what it has and never what it has not. Reading mutates nothing.
-    """
-
-    def __init__(self, blocks: Blocks, name: str, decode: Any = None, width: int | None = None) -> None:
-        self._blocks = blocks
-        self._name = name
-        self._decode = decode
-        self._rows = blocks.finished_rows()
-        array = blocks.arrays[name]
-        tail = array.shape[1:] if width is None else (width,)
-        self.shape: tuple[int, ...] = (len(self._rows), *tail)
-        self.dtype: np.dtype[Any] = np.dtype(np.bool_) if decode else np.dtype(array.dtype)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __repr__(self) -> str:
-        return f"<{self._name}: {' x '.join(map(str, self.shape))} {self.dtype}, read by indexing>"
-
-    def __getitem__(self, key: RowIndex | tuple[RowIndex, Any]) -> Array:
-        row_key, columns = key if isinstance(key, tuple) else (key, slice(None))
-        rows = self._rows[row_key]
-        single = np.ndim(rows) == 0
-        rows = np.atleast_1d(rows)
-        if self._decode is None:
-            values = self._blocks.take(self._name, rows, _column_key(columns, self.shape))
-        else:
-            values = self._decode(self._blocks.take(self._name, rows))[:, columns]
-        if np.ndim(columns) == 0 and not isinstance(columns, slice) and values.ndim > 1:
-            values = values[:, 0]
-        return values[0] if single else values
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return np.asarray(self[:], dtype=dtype)
-
-
-def _column_key(columns: Any, shape: tuple[int, ...]) -> Any:
-    """Returns a column index that zarr takes: slices as they are, everything else as a list of positions."""
-    if isinstance(columns, slice) or len(shape) == 1:
-        return columns
-    return np.atleast_1d(np.arange(shape[1])[columns])
+        for block in np.unique(rows // self.block):
+            self._require_file(name, int(block))
+        return np.asarray(found)
 
 
 def _array(group: zarr.Group, name: str, where: str) -> zarr.Array[Any]:
@@ -239,6 +252,13 @@ def _array(group: zarr.Group, name: str, where: str) -> zarr.Array[Any]:
         raise StoreError(f"{where}: the array {name!r} is missing. The store is damaged; run again into a new one.")
     array: zarr.Array[Any] = found.with_config(KEEP_EMPTY)
     return array
+
+
+def as_slice(positions: npt.NDArray[np.intp]) -> slice | npt.NDArray[np.intp]:
+    """Returns a run of positions as a slice, which zarr reads faster; other positions as they are."""
+    if len(positions) and np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
+        return slice(int(positions[0]), int(positions[0]) + len(positions))
+    return positions
 
 
 def _digest(values: Mapping[str, Array]) -> bytes:

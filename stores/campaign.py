@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from stores.blocks import Blocks, Rows, add_block_array, add_ledger
+from stores.blocks import Blocks, add_block_array, add_ledger
 from stores.errors import UnfinishedStoreError
 from stores.keepbits import pack_keep, packed_width, unpack_keep
+from stores.rows import Rows
 from stores.schema import (
     COMPONENTS,
     EXAMPLES,
@@ -99,7 +100,7 @@ class CampaignStore:
             write_columns(group, "examples", EXAMPLES, examples)
             write_columns(group, "components", COMPONENTS, components)
             group.update_attributes(
-                {"format": KIND, "format_version": FORMAT_VERSION, "component_count": component_count, **header}
+                {**header, "format": KIND, "format_version": FORMAT_VERSION, "component_count": component_count}
             )
 
         create_group(location, fill)
@@ -180,7 +181,19 @@ class CampaignStore:
             )
 
     def write_block(self, block: int, keep: npt.NDArray[np.bool_], outputs: npt.NDArray[np.float32]) -> None:
-        """Writes a block's keep-vectors (rows, components) and outputs (rows, examples), then marks it finished."""
+        """Writes a block's keep-vectors (rows, components) and outputs (rows, examples), then marks it finished.
+
+        Raises:
+          ValueError: Another dtype or shape, or an output that is no finite number.
+          StoreError: The block is finished already.
+        """
+        span = self.span(block)
+        expected = (span.stop - span.start, self.component_count)
+        if keep.dtype != np.bool_ or keep.shape != expected:
+            raise ValueError(
+                f"{self.where}: keep of block {block} is {keep.dtype} of shape {keep.shape}, expected bool of shape "
+                f"{expected}."
+            )
         self._blocks.write(block, {"keep": pack_keep(keep), "outputs": outputs})
 
     def read_block(self, block: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
@@ -190,12 +203,14 @@ class CampaignStore:
 
     def read_keep(self, block: int) -> npt.NDArray[np.bool_]:
         """Returns the keep-vectors of a finished block; bytes are checked by crc32c only."""
+        self._blocks.require_finished(block)
         span = self.span(block)
         packed = self._blocks.take("keep", np.arange(span.start, span.stop))
         return unpack_keep(packed, self.component_count)
 
     def read_outputs(self, block: int, examples: slice) -> npt.NDArray[np.float32]:
         """Returns the outputs of a finished block for a slab of examples; bytes are checked by crc32c only."""
+        self._blocks.require_finished(block)
         span = self.span(block)
         return self._blocks.take("outputs", np.arange(span.start, span.stop), examples)
 

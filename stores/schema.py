@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -17,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.abc.store import Store
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
 
-from stores.errors import StoreExistsError, StoreNotFoundError, StoreUnreadableError
+from stores.errors import StoreError, StoreExistsError, StoreNotFoundError, StoreUnreadableError
 
 FORMAT_VERSION = 1
 
@@ -67,8 +70,9 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     found: list[Difference] = []
     for key in sorted({*stored, *now}):
         old, new = stored.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{key}.")
+        given = [value for value in (old, new) if value is not None]
+        if given and all(isinstance(value, Mapping) for value in given):
+            found += differences(old or {}, new or {}, f"{prefix}{key}.")
         elif old != new:
             found.append(Difference(f"{prefix}{key}", old, new))
     return found
@@ -79,11 +83,14 @@ def describe_location(location: Location) -> str:
     return str(location) if isinstance(location, Store) else os.fspath(location)
 
 
-def exists(location: Location) -> bool:
-    """Returns whether a zarr group is at this place."""
+def _is_empty(location: Location) -> bool:
+    """Returns whether nothing at all is at this place; an empty directory counts as nothing."""
     if isinstance(location, Store):
-        return _open(location) is not None
-    return (Path(location) / "zarr.json").is_file()
+        return bool(sync(location.is_empty("")))
+    path = Path(location)
+    if "://" in os.fspath(location):
+        raise StoreError(f"{location} is a URL, expected a path. For remote storage, pass a zarr store object.")
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def _open(location: Location, mode: str = "r") -> zarr.Group | None:
@@ -101,28 +108,29 @@ def open_group(location: Location, kind: str, mode: str = "r") -> zarr.Group:
       StoreNotFoundError: Nothing is there.
       StoreUnreadableError: Something else is there: not a group, damaged metadata, another kind or format version.
     """
+    if mode not in ("r", "r+"):  # zarr's others would make or empty a store
+        raise ValueError(f"mode is {mode!r}, expected 'r' (read) or 'r+' (read and write).")
     where = describe_location(location)
-    if not isinstance(location, Store) and not Path(location).exists():
+    if _is_empty(location):
         raise StoreNotFoundError(f"No {kind} store at {where}: nothing is there. Check the path, or make one first.")
+    if not isinstance(location, Store) and not Path(location).is_dir():
+        raise StoreUnreadableError(f"{where} is a file, expected the directory of a {kind} store. Check the path.")
     try:
         group = _open(location, mode)
+    except PermissionError:
+        raise
     except Exception as error:  # zarr and JSON raise many types for damaged metadata
         raise StoreUnreadableError(
             f"{where} cannot be read as a {kind} store: {type(error).__name__}: {error}. Its metadata is damaged or "
             "it was not written by this toolkit; restore it from a copy, or delete it and run again."
         ) from error
     if group is None:
-        raise StoreUnreadableError(
-            f"{where} exists but is no {kind} store: it has no zarr.json. Check the path; if a program died while "
-            "making it, delete it and run again."
-        )
+        raise StoreUnreadableError(f"{where} exists but is no {kind} store: it has no zarr.json. Check the path.")
     header = dict(group.attrs)
     found, version = header.get("format"), header.get("format_version")
     if found != kind:
-        raise StoreUnreadableError(
-            f"{where} is no {kind} store: its format is {found or 'not written by this toolkit'!r}, "
-            f"expected {kind!r}. Check the path."
-        )
+        reason = "it was not written by this toolkit" if found is None else f"its format is {found!r}"
+        raise StoreUnreadableError(f"{where} is no {kind} store: {reason}. Check the path.")
     if version != FORMAT_VERSION:
         raise StoreUnreadableError(
             f"{where} has format version {version}, this version of the toolkit reads {FORMAT_VERSION}. "
@@ -137,24 +145,31 @@ def create_group(location: Location, fill: Callable[[zarr.Group], None]) -> None
     Raises:
       StoreExistsError: Something is there already.
     """
+    where = describe_location(location)
+    if not _is_empty(location):
+        raise StoreExistsError(f"There is something at {where} already. Choose another place or remove it.")
     if isinstance(location, Store):
-        if exists(location):
-            raise StoreExistsError(f"There is a store at {describe_location(location)} already.")
-        fill(zarr.open_group(location, mode="w"))
-        _consolidate(location)
+        try:
+            fill(zarr.open_group(location, mode="w"))
+            _consolidate(location)
+        except BaseException:
+            sync(location.clear())
+            raise
         return
     path = Path(location)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StoreExistsError(f"There is something at {path} already. Choose another path or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.draft"
     try:
         fill(zarr.open_group(str(draft), mode="w"))
         _consolidate(str(draft))
         os.rename(draft, path)  # atomic; refuses a non-empty directory that appeared meanwhile
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, Exception) and not _is_empty(path):
+            raise StoreExistsError(f"Something appeared at {where} meanwhile. Choose another path.") from error
         raise
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.draft"):
+        shutil.rmtree(leftover, ignore_errors=True)  # of a program that was killed; a live one has lost the race
 
 
 def _consolidate(target: str | Store) -> None:
@@ -174,6 +189,7 @@ def write_columns(group: zarr.Group, name: str, dimension: str, columns: Columns
             shape=values.shape,
             dtype=str if text else values.dtype,
             chunks=(max(1, len(values)),),
+            compressors=[ZstdCodec(), Crc32cCodec()],  # a flipped bit is an error when read, not a label
             dimension_names=(dimension,),
             config={"write_empty_chunks": True},
         )
@@ -188,6 +204,19 @@ def read_columns(group: zarr.Group, name: str) -> dict[str, npt.NDArray[Any]]:
         raise StoreUnreadableError(f"{group.store_path}: {name!r} is no table. The store is damaged.")
     columns: dict[str, npt.NDArray[Any]] = {}
     for column, array in sorted(table.arrays()):
-        values = np.asarray(array[:])
+        values = _read_column(array, f"{group.store_path}: the column {name}/{column} is damaged")
         columns[column] = values.astype(object) if values.dtype.kind == "T" else values
     return columns
+
+
+def _read_column(array: zarr.Array[Any], what: str) -> npt.NDArray[Any]:
+    advice = "Restore the store from a copy, or run again into a new one."
+    try:
+        values = np.asarray(array[:])
+        if len(values):
+            sync(array.store.getsize(f"{array.path}/c/0"))
+    except FileNotFoundError as error:  # zarr reads a lost file as zeros, without a word
+        raise StoreUnreadableError(f"{what}: its file is gone. {advice}") from error
+    except (ValueError, RuntimeError, OSError) as error:
+        raise StoreUnreadableError(f"{what}: {error}. {advice}") from error
+    return values

@@ -1,0 +1,26 @@
+"""Attributions: estimating them, asking them, judging them, and editing models with them.
+
+An attribution is linear: `output(keep) ~ bias + sum_i weights_i * keep_i`, keep True = kept. A positive weight means
+that the component supports the output.
+"""
+
+from coar.attributions import Attributions as Attributions
+from coar.attributions import open_attributions as open_attributions
+from coar.editing.coar_edit import Ranking as Ranking
+from coar.editing.coar_edit import coar_edit as coar_edit
+from coar.editing.coar_edit import coar_scores as coar_scores
+from coar.editing.coar_edit import rank_components as rank_components
+from coar.editing.coar_edit import sweep_edit_size as sweep_edit_size
+from coar.editing.edit import Edit as Edit
+from coar.editing.edit import load_edit as load_edit
+from coar.errors import CoarError as CoarError
+from coar.errors import EditError as EditError
+from coar.errors import EditMismatchError as EditMismatchError
+from coar.errors import FitError as FitError
+from coar.errors import QueryError as QueryError
+from coar.estimators.regression import fit as fit
+from coar.evaluate import Evaluation as Evaluation
+from coar.evaluate import counterfactual_correlation as counterfactual_correlation
+from coar.evaluate import evaluate as evaluate
+from coar.metrics import GroupAccuracy as GroupAccuracy
+from coar.metrics import group_accuracy as group_accuracy

@@ -1,0 +1,245 @@
+"""The main job on real input: ablate, store, attribute, ask, edit, report. What `coar demo` and `make demo` run."""
+
+from __future__ import annotations
+
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+import ablate
+from ablate import CampaignSpec, Engine, Examples
+from ablate.digits import CLASSES, MINORITY_GROUPS, digits_split
+from coar import plots
+from coar.attributions import Attributions
+from coar.editing.coar_edit import Ranking, rank_components, sweep_edit_size
+from coar.editing.edit import Edit
+from coar.estimators.regression import fit
+from coar.evaluate import Evaluation, evaluate
+from coar.metrics import GroupAccuracy, group_accuracy
+from coar.report import Section, edit_section, provenance_section, quality_section, write_report
+
+EDIT_SIZES = tuple(range(0, 81, 5))
+CURVE_LENGTH = 20
+
+Say = Callable[[str, pd.DataFrame | None], None]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found: figures to print and compare, paths to open."""
+
+    attributions: Attributions
+    evaluation: Evaluation
+    edit: Edit
+    before: GroupAccuracy
+    after: GroupAccuracy
+    report: Path
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+def demo_spec(out: str | os.PathLike[str] = "runs/demo", seed: int = 0) -> CampaignSpec:
+    """Returns the spec in `coar/demo.toml`, for another folder or seed if asked."""
+    values = tomllib.loads(files("coar").joinpath("demo.toml").read_text(encoding="utf-8"))
+    values["seed"] = values["model"]["seed"] = values["data"]["seed"] = seed
+    values["store"] = str(Path(out) / "campaign.zarr")
+    values["model"]["cache"] = str(Path(out) / "model.safetensors")
+    return CampaignSpec(where="coar/demo.toml", **values)
+
+
+def run_demo(out: str | os.PathLike[str], seed: int, say: Say, progress: bool = True) -> DemoResult:
+    """Runs the main job into the folder `out`, reusing what is finished there, and returns what it found."""
+    folder, timings = Path(out), dict[str, float]()
+    with _timed(timings, "train or load the model"):
+        spec = demo_spec(out, seed)
+        model, examples = spec.load()
+    unedited = _accuracy(model, digits_split("test", seed))
+    say(
+        f"1-2. Handwritten digits ({', '.join(CLASSES)}) over stripes that agree with the label in 95 % of the "
+        f"training images. The network: {unedited.average:.1%} right on test images, but only "
+        f"{unedited.worst:.1%} in its worst group, {unedited.worst_group}.",
+        None,
+    )
+    with _timed(timings, "campaign"):
+        campaign = ablate.run(spec, progress=progress)
+    say(
+        f"3. Campaign: {campaign.rows:,} keep-vectors x {campaign.example_count} images, {campaign.component_count} "
+        f"filters -> {campaign.where}",
+        None,
+    )
+    with _timed(timings, "fit"):
+        attributions = fit(campaign, folder / "attributions.zarr", overwrite=True, progress=progress)
+    engine = Engine(model, attributions.index)
+    with _timed(timings, "evaluate"):
+        evaluation = evaluate(attributions, engine, examples)
+    say(
+        f"4. Attributions -> {attributions.store.where}. Held-out counterfactual correlation, mean over "
+        f"{len(attributions)} images: {attributions.quality['correlation'].mean():.3f} on the campaign's held-out "
+        f"rows, {evaluation.summary()['mean']:.3f} on {evaluation.rows} fresh keep-vectors.",
+        None,
+    )
+    question, margin = _question(engine, attributions, examples)
+    verdict = "misclassified" if margin <= 0 else "classified correctly"
+    image_id = attributions.examples["id"][question]
+    say(
+        f"5. Image {question}, {image_id} ({attributions.examples['group'][question]}), is {verdict} (margin "
+        f"{margin:.2f}). The components that matter most to it:",
+        attributions.top(question).drop(columns="module"),
+    )
+    figure = plots.top_components(
+        attributions,
+        question,
+        examples.input(question)[0].numpy(),
+        ablation_curve(attributions, engine, examples, question, CURVE_LENGTH),
+    )
+    figure.savefig(folder / "top_components.png", dpi=120)
+    with _timed(timings, "edit"):
+        ranking, sweeps, edit = _edit(attributions, engine, seed)
+        edit.save(folder / "edit.safetensors")
+        after = _accuracy(edit.apply(model), digits_split("test", seed))
+    before_after = _before_after(unedited, after)
+    say(
+        f"6. COAR-Edit ablates {len(edit.selection)} of {len(ranking.ids)} filters (chosen on validation images). "
+        f"Worst group {unedited.worst:.1%} -> {after.worst:.1%}, average {unedited.average:.1%} -> "
+        f"{after.average:.1%}. Saved: {folder / 'edit.safetensors'}",
+        before_after,
+    )
+    sections = [
+        Section(
+            "The question",
+            text=[
+                f"{image_id} is {verdict} with a margin of {margin:.2f}. Which filters did that, and is the answer "
+                "right when they are really ablated?"
+            ],
+            tables={"Its strongest components": attributions.top(question)},
+            figures={"The image, its components, and the test of the attribution": figure},
+        ),
+        _repair_section(unedited, after, before_after, sweeps, len(edit.selection)),
+        edit_section(edit),
+        quality_section(attributions),
+        _fresh_section(attributions, evaluation),
+        provenance_section(attributions.header, timings),
+    ]
+    report = write_report(
+        folder / "report.html",
+        "Which filters look at the background?",
+        "Component attribution and repair of a digit classifier with a spurious cue.",
+        sections,
+    )
+    say(f"7. Report: {report}", None)
+    return DemoResult(attributions, evaluation, edit, unedited, after, report, timings)
+
+
+def ablation_curve(
+    attributions: Attributions, engine: Engine, examples: Examples, example: int, length: int
+) -> pd.DataFrame:
+    """Returns the predicted and actual output of one example as its strongest components are ablated one after another.
+
+    Returns:
+      Columns ablated (0 to length), predicted, actual. Cost: length + 1 forwards of one example.
+    """
+    order = attributions.top(example, length)["component"].to_numpy()
+    keep = np.ones((length + 1, len(attributions.index)), dtype=np.bool_)
+    for n in range(1, length + 1):
+        keep[n:, order[n - 1]] = False
+    return pd.DataFrame(
+        {
+            "ablated": range(length + 1),
+            "predicted": attributions.predict(keep, [example])[:, 0],
+            "actual": engine.outputs(keep, examples.take([example])).numpy()[:, 0],
+        }
+    )
+
+
+@contextmanager
+def _timed(timings: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[step] = time.perf_counter() - start
+
+
+def _accuracy(model: nn.Module, examples: Examples) -> GroupAccuracy:
+    index = ablate.ComponentIndex.from_model(model)
+    everything_kept = np.ones((1, len(index)), dtype=np.bool_)
+    margins = Engine(model, index).outputs(everything_kept, examples)[0]
+    return group_accuracy(margins.numpy() > 0, examples.groups)
+
+
+def _question(engine: Engine, attributions: Attributions, examples: Examples) -> tuple[int, float]:
+    """Returns the first misclassified test image of the minority groups (or their first), and its margin."""
+    everything_kept = np.ones((1, len(attributions.index)), dtype=np.bool_)
+    margins = engine.outputs(everything_kept, examples)[0]
+    asked = [i for group in MINORITY_GROUPS for i in attributions.group(group, "test/")]
+    chosen = next((i for i in asked if margins[i] <= 0), asked[0])
+    return chosen, float(margins[chosen])
+
+
+def _edit(attributions: Attributions, engine: Engine, seed: int) -> tuple[Ranking, dict[str, pd.DataFrame], Edit]:
+    """Returns the ranking from training examples, the sweep over k per split, and the edit that validation chose."""
+    groups = sorted(set(attributions.examples["group"]))
+    target = [i for g in MINORITY_GROUPS for i in attributions.group(g, "train/")]
+    reference = [i for g in groups if g not in MINORITY_GROUPS for i in attributions.group(g, "train/")]
+    ranking = rank_components(attributions, target, reference, "raise")
+    sweeps = {
+        split: sweep_edit_size(ranking, engine, digits_split(split, seed), EDIT_SIZES)
+        for split in ("validation", "test")
+    }
+    validation = sweeps["validation"].iloc[1:]  # k = 0 is no edit
+    best = validation.sort_values(["worst", "average", "k"], ascending=[False, False, True]).iloc[0]
+    return ranking, sweeps, ranking.edit(int(best["k"]))
+
+
+def _before_after(before: GroupAccuracy, after: GroupAccuracy) -> pd.DataFrame:
+    names = [*before.groups, "worst group", "average"]
+    old = [*before.groups.values(), before.worst, before.average]
+    new = [*after.groups.values(), after.worst, after.average]
+    sizes = [*before.sizes.values(), "", sum(before.sizes.values())]
+    points = [100 * (b - a) for a, b in zip(old, new, strict=True)]
+    return pd.DataFrame({"test group": names, "images": sizes, "before": old, "after": new, "points": points})
+
+
+def _repair_section(
+    before: GroupAccuracy, after: GroupAccuracy, table: pd.DataFrame, sweeps: dict[str, pd.DataFrame], k: int
+) -> Section:
+    return Section(
+        "The repair",
+        text=[
+            f"Worst group {before.worst:.1%} -> {after.worst:.1%}, average {before.average:.1%} -> {after.average:.1%} "
+            "on test images. Targets are 20 training images of each group where cue and label disagree, references 20 "
+            "of each where they agree; k was chosen on validation images, the test curve is shown for information only."
+        ],
+        tables={"Test accuracy": table},
+        figures={
+            "Accuracy per group": plots.group_bars(before, after),
+            "Accuracy against the number of ablated components": plots.edit_sweep(sweeps, k),
+        },
+    )
+
+
+def _fresh_section(attributions: Attributions, evaluation: Evaluation) -> Section:
+    finite = np.argsort(np.nan_to_num(evaluation.correlations, nan=-1.0))
+    shown = [int(finite[int(q * (len(finite) - 1))]) for q in (0.0, 0.25, 0.5, 1.0)]
+    summary: Any = evaluation.summary()
+    return Section(
+        "Fresh keep-vectors",
+        text=[
+            f"{evaluation.rows} keep-vectors that were never fitted, {evaluation.ablate_fraction:.0%} ablated in each."
+        ],
+        tables={"Correlation of predicted with actual outputs": summary.to_frame().T},
+        figures={
+            "The worst, lower-quartile, median and best predicted image": plots.predicted_against_actual(
+                evaluation.predicted[:, shown],
+                evaluation.actual[:, shown],
+                [f"{attributions.examples['id'][i]}\nr = {evaluation.correlations[i]:.3f}" for i in shown],
+            )
+        },
+    )

@@ -1,0 +1,1 @@
+"""Edits: a selection of components, an operation on it and a strength."""

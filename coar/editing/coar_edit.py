@@ -1,0 +1,206 @@
+"""COAR-Edit: ablate the components whose attributions differ most between target and reference examples.
+
+Source: COAR (arXiv 2404.11534), Section 5: a t-statistic per component of the attributions of target against reference
+examples; ablate the k smallest to raise the target's output relative to the reference's, the k largest to lower it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from ablate import ComponentIndex, Engine, Examples, Margin
+from coar.attributions import Attributions
+from coar.editing.edit import Edit
+from coar.errors import EditError
+from coar.metrics import group_accuracy
+
+Direction = Literal["raise", "lower"]
+Floats = npt.NDArray[np.float64]
+
+
+def coar_scores(target: npt.ArrayLike, reference: npt.ArrayLike) -> Floats:
+    """Returns per component the t-statistic of target against reference attributions. Mutates nothing.
+
+    `(mean_T - mean_R) / sqrt(var_T / n_T + var_R / n_R)` with variances divided by n (ddof = 0), so that one target
+    example is enough. 0 where numerator and denominator are both 0; infinite where only the denominator is.
+
+    Args:
+      target, reference: Attributions (examples, components), finite, at least one example each.
+    """
+    t, r = np.asarray(target, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    for name, value in (("target", t), ("reference", r)):
+        if value.ndim != 2 or not len(value):
+            raise EditError(
+                f"The {name} set has shape {value.shape}, expected (examples, components) with at least one example."
+            )
+        if not np.isfinite(value).all():
+            example, component = np.argwhere(~np.isfinite(value))[0]
+            raise EditError(f"The attribution of {name} example {example}, component {component} is not finite.")
+    if t.shape[1] != r.shape[1]:
+        raise EditError(f"Target has {t.shape[1]} components, reference {r.shape[1]}: they belong to different models.")
+    difference = t.mean(axis=0) - r.mean(axis=0)
+    spread = np.sqrt(t.var(axis=0) / len(t) + r.var(axis=0) / len(r))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        score = difference / spread
+    return np.where((difference == 0) & (spread == 0), 0.0, score)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All components in the order in which COAR-Edit ablates them.
+
+    Attributes:
+      ids: Component ids, first to be ablated first; ties by id.
+      scores: The statistic of each, in the same order.
+      direction: `raise` or `lower`: what ablating does to the target's output, relative to the reference's.
+      target_weights, reference_weights: Mean attribution of each, in the same order: what ablating takes away.
+      base: Hash of the model's weights.
+    """
+
+    index: ComponentIndex
+    ids: tuple[int, ...]
+    scores: Floats
+    direction: Direction
+    target_weights: Floats
+    reference_weights: Floats
+    base: str
+    target: tuple[int, ...]
+    reference: tuple[int, ...]
+
+    def edit(self, k: int) -> Edit:
+        """Returns the edit that ablates the first k components."""
+        if not 1 <= k <= len(self.ids):
+            raise EditError(f"k is {k}, expected 1 to {len(self.ids)}, the number of components.")
+        details: dict[str, Any] = {
+            "direction": self.direction,
+            "k": k,
+            "ids_in_order": list(self.ids[:k]),
+            "scores": [float(score) for score in self.scores[:k]],
+            "target": list(self.target),
+            "reference": list(self.reference),
+            # what the attributions expect: the reference's change is the harm done
+            "predicted_change_target": -float(self.target_weights[:k].sum()),
+            "predicted_change_reference": -float(self.reference_weights[:k].sum()),
+        }
+        return Edit(self.index.select(self.ids[:k]), base=self.base, method="COAR-Edit", details=details)
+
+
+def rank_components(
+    attributions: Attributions,
+    target: Sequence[int],
+    reference: Sequence[int],
+    direction: Direction = "raise",
+) -> Ranking:
+    """Returns the order in which COAR-Edit ablates the components. Mutates nothing.
+
+    Args:
+      attributions: Of the model to edit.
+      target: Positions of the examples whose output should change.
+      reference: Positions of the examples whose output should stay.
+      direction: `raise` or `lower` the target's output.
+
+    Raises:
+      EditError: An empty or repeated set, an example in both, or a direction that is neither.
+    """
+    if direction not in ("raise", "lower"):
+        raise EditError(f"direction is {direction!r}, expected 'raise' or 'lower'.")
+    for name, positions in (("target", target), ("reference", reference)):
+        if not len(positions):
+            raise EditError(f"The {name} set is empty: give the positions of at least one example.")
+        if not all(isinstance(p, (int, np.integer)) and not isinstance(p, bool) for p in positions):
+            raise EditError(
+                f"The {name} set holds {positions[0]!r}, expected positions: integers. For a mask, pass "
+                "numpy.flatnonzero(mask); for ids, attributions.locate(ids)."
+            )
+        outside = [p for p in positions if not 0 <= p < len(attributions)]
+        if outside:
+            raise EditError(f"The {name} set has no example {outside[0]}: positions are 0 to {len(attributions) - 1}.")
+        if len(set(positions)) != len(positions):
+            raise EditError(f"The {name} set names an example twice.")
+    both = sorted(set(target) & set(reference))
+    if both:
+        raise EditError(f"Examples {both[:5]} are in target and reference: each example can be in one only.")
+    t = attributions.weights[np.asarray(target)].astype(np.float64)
+    r = attributions.weights[np.asarray(reference)].astype(np.float64)
+    scores = coar_scores(t, r)
+    order = np.argsort(scores if direction == "raise" else -scores, kind="stable")
+    return Ranking(
+        index=attributions.index,
+        ids=tuple(int(i) for i in order),
+        scores=scores[order],
+        direction=direction,
+        target_weights=t.mean(axis=0)[order],
+        reference_weights=r.mean(axis=0)[order],
+        base=attributions.header["identity"]["of"]["model"],
+        target=tuple(int(p) for p in target),
+        reference=tuple(int(p) for p in reference),
+    )
+
+
+def coar_edit(
+    attributions: Attributions,
+    target: Sequence[int],
+    reference: Sequence[int],
+    k: int = 20,
+    direction: Direction = "raise",
+) -> Edit:
+    """Returns the edit that ablates the k components COAR-Edit ranks first. Mutates nothing; no forward passes.
+
+    Its `details` hold the ranking and the predicted change of target and of reference: the latter is the harm.
+
+    Args:
+      attributions: Of the model to edit.
+      target: Positions of the examples whose output should change.
+      reference: Positions of the examples whose output should stay.
+      k: Number of components to ablate.
+      direction: `raise` or `lower` the target's output.
+
+    Raises:
+      EditError: k out of range, an empty set, an example in both sets.
+    """
+    return rank_components(attributions, target, reference, direction).edit(k)
+
+
+def sweep_edit_size(ranking: Ranking, engine: Engine, examples: Examples, sizes: Sequence[int]) -> pd.DataFrame:
+    """Returns group accuracies on `examples` when the first k components are ablated, for each k. Mutates nothing.
+
+    k = 0 is the unedited model. Choose k here, on examples that are used for nothing else.
+
+    Args:
+      ranking: From `rank_components`.
+      engine: The unedited model, with output `margin`.
+      examples: With groups; e.g. the validation split.
+      sizes: The k to try.
+
+    Returns:
+      One row per k: k, worst (group accuracy), worst_group, average, group_average.
+
+    Cost: one forward pass over the examples per k.
+    """
+    if engine.index != ranking.index:
+        raise EditError(f"The engine has index {engine.index.hash[:12]}, the ranking {ranking.index.hash[:12]}.")
+    if not isinstance(engine.output, Margin):
+        raise EditError(f"The engine's output is {engine.output.name!r}, expected 'margin': accuracy is margin > 0.")
+    for k in sizes:
+        if not 0 <= k <= len(ranking.ids):
+            raise EditError(f"k is {k}, expected 0 to {len(ranking.ids)}.")
+    keep = np.ones((len(sizes), len(ranking.ids)), dtype=np.bool_)
+    for row, k in enumerate(sizes):
+        keep[row, list(ranking.ids[:k])] = False
+    correct = engine.outputs(keep, examples).numpy() > 0
+    results = [group_accuracy(correct[row], examples.groups) for row in range(len(sizes))]
+    return pd.DataFrame(
+        {
+            "k": list(sizes),
+            "worst": [result.worst for result in results],
+            "worst_group": [result.worst_group for result in results],
+            "average": [result.average for result in results],
+            "group_average": [result.group_average for result in results],
+        }
+    )

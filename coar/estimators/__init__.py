@@ -1,0 +1,1 @@
+"""Estimators: from a campaign, or from a model, to one linear attribution per example."""

@@ -1,0 +1,148 @@
+"""Figures. Each function returns a matplotlib Figure; none shows, saves or changes global plotting state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from coar.attributions import Attributions
+from coar.metrics import GroupAccuracy
+
+BLUE, RED, GREY = "#2b6cb0", "#c53030", "#718096"
+_STYLE: Any = {
+    "text.parse_math": False,  # ids and groups are the user's: a dollar sign is one
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "figure.dpi": 120,
+}
+
+
+def formats() -> tuple[str, ...]:
+    """Returns the file name endings that a figure can be saved under."""
+    return tuple(sorted(Figure().canvas.get_supported_filetypes()))
+
+
+def top_components(
+    attributions: Attributions,
+    example: int,
+    image: npt.NDArray[np.floating] | None,
+    removed: pd.DataFrame,
+    k: int = 10,
+) -> Figure:
+    """Returns three panels: the image, its k top components, and predicted against actual output as they are ablated.
+
+    Args:
+      attributions: What is asked.
+      example: Position of the example.
+      image: (height, width) or (height, width, 3); None: no image panel is filled.
+      removed: From `ablation_curve`: columns ablated, predicted, actual.
+      k: Number of components in the bar chart.
+    """
+    table = attributions.top(example, k)
+    row = attributions.examples.iloc[example]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=[0.8, 1.5, 1.4])
+        if image is not None:
+            left.imshow(image, cmap="gray", interpolation="nearest")
+        left.set(title=f"{row['id']}\n{row['group']}", xticks=[], yticks=[])
+        weights = table["weight"].to_numpy()[::-1]
+        middle.barh(
+            table["name"][::-1],
+            weights,
+            xerr=1.96 * table["stderr"][::-1],
+            color=[BLUE if w > 0 else RED for w in weights],
+            error_kw={"elinewidth": 0.8, "ecolor": "#2d3748"},
+        )
+        middle.axvline(0, color="black", linewidth=0.6)
+        middle.set(title=f"Its {k} strongest components", xlabel="effect of keeping it on the output (95 % interval)")
+        right.plot(removed["ablated"], removed["actual"], "o-", color=BLUE, markersize=3, label="actual (model run)")
+        right.plot(removed["ablated"], removed["predicted"], "--", color=RED, label="predicted (attribution)")
+        right.axhline(0, color=GREY, linewidth=0.6)
+        right.set(title="Ablating them, strongest first", xlabel="components ablated", ylabel="output")
+        right.legend(frameon=False)
+    return figure
+
+
+def prediction_quality(correlations: npt.NDArray[np.floating], title: str) -> Figure:
+    """Returns a histogram of the per-example correlation of predicted with true outputs."""
+    finite = np.asarray(correlations)[np.isfinite(correlations)]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.set(title=title, xlabel="correlation over keep-vectors", ylabel="examples")
+        if len(finite):  # there is no correlation where outputs are constant
+            axes.hist(finite, bins=30, color=BLUE)
+            axes.axvline(float(finite.mean()), color=RED, label=f"mean {finite.mean():.3f}")
+            axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def predicted_against_actual(
+    predicted: npt.NDArray[np.floating], actual: npt.NDArray[np.floating], labels: Sequence[str]
+) -> Figure:
+    """Returns one scatter per example of predicted against true outputs; arrays are (rows, examples)."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2.6 * len(labels), 2.8), layout="constrained")
+        for axes, column, label in zip(
+            np.ravel(figure.subplots(1, len(labels))), range(len(labels)), labels, strict=True
+        ):
+            x, y = actual[:, column], predicted[:, column]
+            ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+            axes.plot(ends, ends, color=GREY, linewidth=0.8)
+            axes.scatter(x, y, s=6, alpha=0.6, color=BLUE, linewidths=0)
+            axes.set(title=label, xlabel="actual output", ylabel="predicted" if column == 0 else "")
+    return figure
+
+
+def layer_effects(by_layer: pd.DataFrame) -> Figure:
+    """Returns bars of the summed weights per module, from `Attributions.by_layer`."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6, 0.24 * len(by_layer) + 1), layout="constrained")
+        axes = figure.subplots()
+        names = by_layer["module"].to_list()[::-1]
+        axes.barh(names, by_layer["absolute"][::-1], color="#bee3f8", label="sum of |weights|")
+        axes.barh(names, by_layer["weight"][::-1], height=0.4, color=BLUE, label="sum of weights")
+        axes.set(xlabel="effect on the output, mean over examples")
+        axes.legend(frameon=False)
+    return figure
+
+
+def edit_sweep(sweeps: dict[str, pd.DataFrame], chosen: int) -> Figure:
+    """Returns worst-group and average accuracy against the number of ablated components, one colour per split."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for (name, sweep), color in zip(sweeps.items(), (GREY, BLUE, RED), strict=False):
+            axes.plot(sweep["k"], sweep["worst"], "-", color=color, label=f"{name}: worst group")
+            axes.plot(sweep["k"], sweep["average"], "--", color=color, label=f"{name}: average")
+        axes.axvline(chosen, color="black", linewidth=0.8, linestyle=":", label=f"chosen: {chosen}")
+        axes.set(xlabel="components ablated", ylabel="accuracy", title="How many components to ablate")
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def group_bars(before: GroupAccuracy, after: GroupAccuracy) -> Figure:
+    """Returns accuracy per group, and on average, before and after an edit."""
+    names = [*before.groups, "average"]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.5, 3), layout="constrained")
+        axes = figure.subplots()
+        at = np.arange(len(names))
+        for shift, result, color, label in ((-0.2, before, "#cbd5e0", "before"), (0.2, after, BLUE, "after")):
+            values = [*result.groups.values(), result.average]
+            bars = axes.bar(at + shift, values, 0.38, color=color, label=label)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+        axes.set(xticks=at, ylim=(0, 1.12), ylabel="accuracy", title="Test accuracy per group")
+        axes.set_xticklabels([name.replace("-", "\n") for name in names])
+        axes.legend(frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.16))
+    return figure

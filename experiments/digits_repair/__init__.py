@@ -1,0 +1,1 @@
+"""COAR-Edit repairs a digit classifier that looks at the background: the demo's job over several seeds."""

@@ -1,0 +1,187 @@
+"""What every component kind promises, asked of every registered kind on every small net that has it.
+
+A new kind needs nothing here but a net that has such components, if none of these has.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ablate
+
+Randomise = Callable[[nn.Module, int], nn.Module]
+Untouched = Callable[..., AbstractContextManager[None]]
+
+CLASSES = 4
+EXAMPLES = 6
+
+
+class Shared(nn.Module):
+    """One convolution used twice, two linear layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv(torch.relu(self.conv(x)))))
+        x = torch.relu(self.first(x.mean(dim=(2, 3))))
+        logits: Tensor = self.head(torch.relu(self.second(x)))
+        return logits
+
+
+class Attention(nn.Module):
+    """A patch convolution and a transformer layer, whose attention never calls the forward of its `out_proj`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up = nn.Linear(8, 6)
+        self.down = nn.Linear(6, 8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.down(torch.relu(self.up(x)))
+        logits: Tensor = self.head(x.mean(dim=1))
+        return logits
+
+
+def _grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, groups=3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, groups=6, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(6, 5, 1),
+        nn.Flatten(),
+        nn.Linear(5 * 16, CLASSES, bias=False),
+    )
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {"shared": Shared, "attention": Attention, "grouped": _grouped}
+
+
+@pytest.fixture(params=NETS)
+def model(request: pytest.FixtureRequest, randomise: Randomise) -> nn.Module:
+    return randomise(NETS[request.param](), 1).eval()
+
+
+@pytest.fixture(params=ablate.component_kinds())
+def index(request: pytest.FixtureRequest, model: nn.Module) -> ablate.ComponentIndex:
+    try:
+        return ablate.ComponentIndex.from_model(model, [request.param])
+    except ablate.SelectionError:
+        pytest.skip(f"this net has no {request.param}")
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    return torch.randn(EXAMPLES, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def targets() -> Tensor:
+    return torch.arange(EXAMPLES) % CLASSES
+
+
+@pytest.mark.parametrize("kind", ablate.component_kinds())
+def test_some_net_has_the_kind(kind: str) -> None:
+    found = [any(_has(build(), kind)) for build in NETS.values()]
+    assert any(found), f"add a net with components of kind {kind!r} to NETS"
+
+
+def _has(model: nn.Module, kind: str) -> list[bool]:
+    try:
+        return [len(ablate.ComponentIndex.from_model(model, [kind])) > 0]
+    except ablate.SelectionError:
+        return []
+
+
+def test_ids_count_from_zero_and_names_are_distinct(index: ablate.ComponentIndex) -> None:
+    assert [c.id for c in index] == list(range(len(index)))
+    assert len({c.name for c in index}) == len(index)
+
+
+def test_every_component_is_a_slice_of_a_parameter(index: ablate.ComponentIndex, model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    for c in index:
+        part = parameters[c.parameter].narrow(c.axis, c.start, c.stop - c.start)
+        assert part.numel() == c.n_parameters > 0
+        assert c.module in modules
+        assert c.port in ("in", "out")
+        assert c.kind in ablate.component_kinds()
+
+
+def test_components_do_not_overlap(index: ablate.ComponentIndex, model: nn.Module) -> None:
+    hits = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for c in index:
+        hits[c.parameter].narrow(c.axis, c.start, c.stop - c.start).add_(1)
+    assert all(float(count.max()) <= 1 for count in hits.values())
+    assert sum(int(count.sum()) for count in hits.values()) == index.table()["n_parameters"].sum()
+
+
+def test_listing_is_deterministic_and_changes_nothing(
+    index: ablate.ComponentIndex, model: nn.Module, untouched: Untouched
+) -> None:
+    kinds = [index.ports[0].kind]
+    with untouched(model):
+        assert ablate.ComponentIndex.from_model(model, kinds) == index
+    assert ablate.ComponentIndex.from_model(copy.deepcopy(model).train(), kinds).hash == index.hash
+    assert ablate.ComponentIndex.from_json(index.to_json()).hash == index.hash
+
+
+def test_every_parameter_of_the_model_is_listed_or_accounted_for(
+    index: ablate.ComponentIndex, model: nn.Module
+) -> None:
+    listed = {port.module for port in index.ports}
+    accounted = set(index.left_out()["module"])
+    owners = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    assert listed | accounted >= owners
+    assert not listed & accounted
+
+
+def test_the_engine_equals_the_reference(
+    index: ablate.ComponentIndex, model: nn.Module, inputs: Tensor, targets: Tensor
+) -> None:
+    one_by_one = ~np.eye(len(index), dtype=bool)
+    random_rows = ablate.KeepPlan(len(index), 6, 0.3, seed=3).take(0, 6)
+    keep = np.concatenate([one_by_one, random_rows, np.zeros((1, len(index)), dtype=bool)])
+    exact = ablate.reference_outputs(model.double(), index, keep, inputs.double(), targets)
+    outputs = ablate.Engine(model, index, precision="float64", batch_size=4).outputs(keep, inputs, targets)
+    torch.testing.assert_close(outputs, exact, rtol=1e-10, atol=1e-10)
+    kept = ablate.Engine(model, index).outputs(~keep[-1:], inputs.double(), targets)
+    assert float((outputs - kept).abs().max()) > 1e-3, "some ablation must matter"
+
+
+def test_ablated_equals_the_engine_and_restores(
+    index: ablate.ComponentIndex, model: nn.Module, inputs: Tensor, targets: Tensor, untouched: Untouched
+) -> None:
+    engine = ablate.Engine(model, index)
+    for seed in range(3):
+        selection = index.everything().sample(len(index) // 2, seed)
+        with untouched(model), ablate.ablated(model, selection), torch.no_grad():
+            outputs = ablate.Margin()(model(inputs), targets)
+        torch.testing.assert_close(outputs, engine.outputs(selection.keep()[None], inputs, targets)[0])
+
+
+def test_ablating_everything_leaves_nothing_of_the_weights(index: ablate.ComponentIndex, model: nn.Module) -> None:
+    with ablate.ablated(model, index.everything()):
+        parameters = dict(model.named_parameters())
+        assert not any(parameters[port.parameter].any() for port in index.ports if port.count)

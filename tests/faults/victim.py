@@ -1,0 +1,139 @@
+"""One small campaign, and a program that runs it slowly so that a test can kill it.
+
+`victim.py STORE THREADS DELAY` runs it once; `victim.py` alone runs it as often as it is asked to, see `serve`. Tests
+load `small_spec` from here, so that the program and the tests mean the same campaign: 10 components, 40 keep rows in 5
+blocks of 7 and one of 5, on 9 examples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import zarr
+from torch import Tensor, nn
+
+import ablate
+from stores.blocks import Blocks
+
+
+def small_model(seed: int = 0) -> nn.Sequential:
+    """Returns a network of two convolutions (10 filters) for inputs (examples, 3, 8, 8) and 3 classes."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    return model.eval()
+
+
+def small_examples() -> ablate.Examples:
+    """Returns nine examples named `cat-0` to `cat-8`."""
+    inputs = torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return ablate.Examples(inputs, [0, 1, 2] * 3, [f"cat-{i}" for i in range(9)])
+
+
+def small_spec(**changes: Any) -> ablate.CampaignSpec:
+    """Returns the campaign, or one with these keys changed."""
+    values: dict[str, Any] = {
+        "model": small_model(),
+        "data": small_examples(),
+        "rows": 40,
+        "ablate_fraction": 0.3,
+        "seed": 5,
+        "block_rows": 7,
+        "device": "cpu",
+        **changes,
+    }
+    return ablate.CampaignSpec(**values)
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _dying(
+    function: Callable[..., Any], count: int, counts: Callable[..., bool] = lambda *_: True
+) -> Callable[..., Any]:
+    """Returns `function`, but the process dies when its call number `count` is done; only calls that `counts` count."""
+    calls = iter(range(1, 1_000_000))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if counts(*args) and next(calls) == count:
+            _die()
+        return result
+
+    return call
+
+
+POINTS: dict[
+    str, tuple[str, Callable[..., Any]]
+] = {  # where the process dies: what stands there, and what is put there
+    "draft begun": ("stores.schema._consolidate", _die),
+    "draft complete": ("os.rename", _die),
+    "store made": ("os.rename", _dying(os.rename, 1)),
+    "outputs written, keep not": (
+        "zarr.Array.__setitem__",
+        _dying(zarr.Array.__setitem__, 4, lambda array, *_: array.path == "outputs"),
+    ),
+    "data written, mark not": ("stores.blocks.Blocks._flush", _dying(Blocks._flush, 4)),
+    "mark written": ("stores.blocks.Blocks.write", _dying(Blocks.write, 4)),
+    "last data written, mark not": ("stores.blocks.Blocks._flush", _dying(Blocks._flush, 6)),
+}
+
+
+def run(store: str, threads: int, delay: float, point: str = "") -> None:
+    """Runs the campaign; each forward takes `delay` seconds longer. With a point, the process dies there."""
+    torch.set_num_threads(threads)
+    spec = small_spec()
+    model, _ = spec.load()
+
+    def slow(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        time.sleep(delay)
+
+    model.register_forward_pre_hook(slow)
+    if point:
+        mock.patch(*POINTS[point]).start()
+    ablate.run(spec, store, progress=False)
+
+
+def serve() -> None:
+    """Runs what each line of stdin asks for in a process of its own, without the seconds that importing torch takes.
+
+    Prints the process's id when it has started and its exit code when it has ended. The id stays taken until the next
+    line, so that a kill that comes too late hits nobody else.
+    """
+    child = 0
+    for line in sys.stdin:
+        if child:
+            os.waitpid(child, 0)
+        child = os.fork()
+        if child == 0:
+            try:
+                run(**json.loads(line))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        print(child, flush=True)  # noqa: T201
+        end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        assert end is not None
+        print(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        serve()
+    else:
+        run(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
