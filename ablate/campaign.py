@@ -131,7 +131,7 @@ def _open_or_create(
             block_rows=spec.settings.block_rows,
         )
     found = stores.differences(campaign.header.get("identity", {}), identity)
-    if accept_versions:
+    if accept_versions or not campaign.missing_blocks():  # nothing is left to round differently
         found = [difference for difference in found if not difference.key.startswith("versions.")]
     if found:
         advice = "Give the original back, or name another store for the new campaign."

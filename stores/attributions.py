@@ -132,7 +132,7 @@ class AttributionStore:
         return read_columns(self._group, "components")
 
     def missing_blocks(self) -> list[int]:
-        """Returns the numbers of the blocks of examples still to estimate, as of now."""
+        """Returns the numbers of the blocks of examples still to estimate."""
         return [int(block) for block in np.flatnonzero(~self._blocks.finished())]
 
     def blocks_of(self, examples: slice) -> list[int]:

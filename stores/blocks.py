@@ -72,6 +72,7 @@ class Blocks:
         self.where = where
         self.arrays: dict[str, zarr.Array[Any]] = {name: _array(group, name, where) for name in names}
         self._ledger = _array(group, "ledger", where)
+        self._snapshot: Array | None = None
         first = self.arrays[names[0]]
         self.rows: int = first.shape[0]
         self.block: int = (first.shards or first.chunks)[0]
@@ -87,7 +88,16 @@ class Blocks:
         return slice(block * self.block, min(self.rows, (block + 1) * self.block))
 
     def digests(self) -> Array:
-        """Returns the ledger as it is in storage now: (blocks, 32) uint8, zeros where a block is not finished."""
+        """Returns the ledger, (blocks, 32) uint8, zeros where a block is not finished.
+
+        As it was when first looked at if the store is open for reading, so that everything read from one open store
+        belongs together while a campaign goes on; as it is now if it is open for writing.
+        """
+        if self._snapshot is None or not self._ledger.read_only:
+            self._snapshot = self._read_ledger()
+        return self._snapshot
+
+    def _read_ledger(self) -> Array:
         try:
             return np.asarray(self._ledger[:])
         except _BAD_BYTES:
@@ -96,7 +106,7 @@ class Blocks:
             raise
 
     def finished(self) -> npt.NDArray[np.bool_]:
-        """Returns which blocks are finished, (blocks,) bool, as of now."""
+        """Returns which blocks are finished, (blocks,) bool."""
         return np.asarray(self.digests().any(axis=1))
 
     def finished_rows(self) -> npt.NDArray[np.int64]:

@@ -110,6 +110,9 @@ class CampaignStore:
     def open(cls, location: Location, mode: str = "r") -> CampaignStore:
         """Returns the store at `location`, read-only unless mode is `r+`. Mutates nothing.
 
+        Opened for reading, it shows what was finished when it was opened, also while a campaign goes on: open it again
+        to see more.
+
         Raises:
           StoreNotFoundError, StoreUnreadableError: Nothing, or something else, is there.
           DamagedBlockError: A finished block has lost a file.
@@ -149,7 +152,7 @@ class CampaignStore:
 
     @property
     def progress(self) -> Progress:
-        """How many blocks and rows are finished, as of now."""
+        """How many blocks and rows are finished."""
         done = self._blocks.finished()
         return Progress(int(done.sum()), len(done), len(self.finished_rows), self.rows)
 
@@ -159,11 +162,11 @@ class CampaignStore:
         return hashlib.sha256(self._blocks.digests().tobytes()).hexdigest()
 
     def finished_blocks(self) -> list[int]:
-        """Returns the numbers of the finished blocks, as of now."""
+        """Returns the numbers of the finished blocks."""
         return [int(block) for block in np.flatnonzero(self._blocks.finished())]
 
     def missing_blocks(self) -> list[int]:
-        """Returns the numbers of the blocks still to compute, as of now."""
+        """Returns the numbers of the blocks still to compute."""
         return [int(block) for block in np.flatnonzero(~self._blocks.finished())]
 
     def span(self, block: int) -> slice:

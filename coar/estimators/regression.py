@@ -44,8 +44,8 @@ def fit(
 ) -> Attributions:
     """Returns one linear attribution per example, fitted to the finished rows of a campaign. The campaign is unchanged.
 
-    Of the finished rows, every tenth is held out and never fitted: quality is measured there. Without `ridge`, every
-    tenth of the others is first used to choose a penalty per example from a grid, then fitted with the rest.
+    Of the finished rows, every tenth is held out and never fitted: quality is measured there. Without `ridge`, another
+    tenth is first used to choose a penalty per example from a grid, then fitted with the rest.
 
     Args:
       campaign: A campaign store or its path. Unfinished blocks are not used.
@@ -69,8 +69,8 @@ def fit(
         was at `store` is then still there.
       stores.StoreMismatchError: There is another fit at `store`.
     """
-    if not isinstance(campaign, CampaignStore):
-        campaign = CampaignStore.open(campaign)
+    # opened for reading: what is finished now, and nothing that a running campaign adds meanwhile
+    campaign = CampaignStore.open(campaign.location if isinstance(campaign, CampaignStore) else campaign)
     if ridge is not None and not (np.isfinite(ridge) and ridge >= 0):
         raise FitError(f"ridge is {ridge}, expected a finite number >= 0, or None to choose one per example.")
     finished = _Finished.now(campaign)
@@ -97,7 +97,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Finished:
-    """What of a campaign is finished at one moment: it may be running, and what it finishes later is not used."""
+    """What of a campaign was finished when it was opened: it may be running, what it finishes later is not used."""
 
     blocks: list[int]
     rows: npt.NDArray[np.int64]
@@ -106,18 +106,14 @@ class _Finished:
     @classmethod
     def now(cls, campaign: CampaignStore) -> _Finished:
         """Returns the finished blocks, or raises FitError if they are too few to fit, choose and measure with."""
-        fingerprint, blocks = "", list[int]()
-        while fingerprint != campaign.fingerprint:  # until no block was finished between the two
-            fingerprint, blocks = campaign.fingerprint, campaign.finished_blocks()
-        spans = [campaign.span(block) for block in blocks]
-        rows = np.concatenate([np.arange(span.start, span.stop) for span in spans] or [np.arange(0)])
+        rows = campaign.finished_rows
         if len(rows) < LEAST_ROWS or len(set(rows % 10) & {8, 9}) < 2:
             lacking = "" if len(rows) < LEAST_ROWS else ", none of them numbered ...8 or none ...9"
             raise FitError(
                 f"{campaign.where} has {len(rows)} finished rows{lacking}; a fit needs at least {LEAST_ROWS} (and as a "
                 "rule several times as many as there are components). Run more of the campaign first."
             )
-        return cls(blocks, rows, fingerprint)
+        return cls(campaign.finished_blocks(), rows, campaign.fingerprint)
 
 
 @dataclass(frozen=True)

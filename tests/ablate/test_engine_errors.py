@@ -48,10 +48,18 @@ def test_a_keep_of_the_wrong_kind(
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("data_budget", [None, 1])
 @pytest.mark.parametrize(("example", "label"), [(5, 3), (0, -1), (6, 1000)])
 def test_a_label_outside_the_classes(
-    example: int, label: int, engine: ablate.Engine, images: Tensor, labels: Tensor
+    example: int,
+    label: int,
+    data_budget: int | None,
+    conv_net: nn.Module,
+    index: ablate.ComponentIndex,
+    images: Tensor,
+    labels: Tensor,
 ) -> None:
+    engine = ablate.Engine(conv_net, index, batch_size=3, data_budget=data_budget)
     labels[example] = label
     with pytest.raises(ablate.LabelError) as caught:
         engine.outputs(KEEP, images, labels)

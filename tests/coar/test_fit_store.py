@@ -215,15 +215,24 @@ def test_blocks_finished_during_the_fit_are_not_used(
     """A campaign may be running: what a fit uses is what was finished when it began."""
     expected = coar.fit(write_campaign(planted_keep, noisy.outputs[:], blocks=[0, 1, 2, 3]))
     campaign = write_campaign(planted_keep, noisy.outputs[:], blocks=[0, 1, 2, 3])
-    read, to_do = CampaignStore.read_outputs, [4, 5, 6]
+    read_block, read_outputs, to_do = CampaignStore.read_block, CampaignStore.read_outputs, [4, 5, 6]
 
-    def read_while_running(store: CampaignStore, block: int, examples: slice) -> npt.NDArray[np.float32]:
+    def go_on() -> None:
         if to_do:
-            span = store.span(to_do[0])
-            store.write_block(to_do.pop(0), planted_keep[span], noisy.outputs[span])
-        return read(store, block, examples)
+            span = campaign.span(to_do[0])
+            campaign.write_block(to_do.pop(0), planted_keep[span], noisy.outputs[span])
 
-    monkeypatch.setattr(CampaignStore, "read_outputs", read_while_running)
+    def read_block_while_running(store: CampaignStore, block: int) -> Any:
+        if len(to_do) > 1:
+            go_on()
+        return read_block(store, block)
+
+    def read_outputs_while_running(store: CampaignStore, block: int, examples: slice) -> Any:
+        go_on()
+        return read_outputs(store, block, examples)
+
+    monkeypatch.setattr(CampaignStore, "read_block", read_block_while_running)
+    monkeypatch.setattr(CampaignStore, "read_outputs", read_outputs_while_running)
     found = coar.fit(campaign)
     assert to_do == []
     np.testing.assert_array_equal(found.weights[:], expected.weights[:])

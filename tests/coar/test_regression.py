@@ -208,6 +208,11 @@ def test_constant_outputs_have_no_weights_and_no_correlation(
     assert found.quality["correlation"].isna().tolist() == [True, True, False]
     assert found.quality["r2"].isna().tolist() == [True, True, False]
     assert found.top(0)["weight"].eq(0).all()
+    if ridge is None:
+        assert (
+            found.quality["ridge"][0] == found.quality["ridge"][1] == found.quality["ridge"].max()
+        )  # ties: the largest
+        np.testing.assert_allclose(found.quality["ridge"][0] / found.quality["ridge"][2], 1e7, rtol=1e-4)
     assert "held-out correlation 1.000" in repr(found)
 
 

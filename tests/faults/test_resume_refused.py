@@ -197,3 +197,13 @@ def test_opening_a_store_that_is_not_there_makes_none(tmp_path: Path) -> None:
     with pytest.raises(StoreNotFoundError, match="nothing is there"):
         CampaignStore.open(tmp_path / "a", mode="r+")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_store_is_returned_also_by_other_versions(
+    finished: CampaignStore, small_spec: SmallSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = finished.header["environments"]
+    _other_versions(monkeypatch)
+    store = ablate.run(small_spec(), finished.location, progress=False)
+    assert store.progress.complete
+    assert store.header["environments"] == environments  # nothing was written

@@ -76,19 +76,23 @@ def test_an_unfinished_campaign_shows_finished_rows_only(
         store.outputs[6]
 
 
-def test_a_reader_sees_what_is_finished_when_it_looks(
+def test_a_reader_sees_what_was_finished_when_it_opened(
     tmp_path: Path, new_campaign: NewCampaign, keep: Keep, outputs: Outputs
 ) -> None:
     writer = new_campaign(tmp_path / "a")
     _write(writer, keep, outputs, [1])
     reader = CampaignStore.open(tmp_path / "a")
-    view = reader.outputs
+    fingerprint, view = reader.fingerprint, writer.outputs
 
     _write(writer, keep, outputs, [0])
 
-    np.testing.assert_array_equal(view[:], outputs[4:8])  # a view stays what it was
-    np.testing.assert_array_equal(reader.outputs[:], outputs[:8])
-    assert reader.finished_rows.tolist() == list(range(8))
+    assert (reader.finished_blocks(), reader.missing_blocks(), reader.fingerprint) == ([1], [0, 2], fingerprint)
+    assert (len(reader.keep), reader.finished_rows.tolist()) == (4, [4, 5, 6, 7])
+    np.testing.assert_array_equal(reader.outputs[:], outputs[4:8])
+    np.testing.assert_array_equal(CampaignStore.open(tmp_path / "a").outputs[:], outputs[:8])
+    assert writer.finished_blocks() == [0, 1]  # a writer sees what is finished now
+    np.testing.assert_array_equal(writer.outputs[:], outputs[:8])
+    np.testing.assert_array_equal(view[:], outputs[4:8])  # but a view stays what it was
 
 
 def test_an_unfinished_block_is_never_read(tmp_path: Path, new_campaign: NewCampaign) -> None:
