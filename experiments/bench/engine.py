@@ -46,7 +46,7 @@ def main() -> None:
     """Prints one line per way: microseconds per keep-vector and example, and the ratio to plain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["digits", "resnet18"], default="digits")
-    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--examples", type=int, default=BATCH, help="one batch, the same for all three ways")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()

@@ -170,6 +170,8 @@ def test_every_named_model_can_be_loaded(toml: Path) -> None:
 def test_an_index_may_be_given(inputs: Tensor, mlp: nn.Module) -> None:
     index = ablate.ComponentIndex.from_model(mlp, include=["2"])
     assert _spec(model=mlp, data=(inputs, [0] * 5), index=index).make_index(mlp) is index
+    spec = _spec(model={"source": "digits"}, data={"source": "digits", "split": "test"}, index=index)
+    assert not spec.loadable, "the description says nothing of the index"
 
 
 def test_objects_are_described_by_their_type(inputs: Tensor, mlp: nn.Module) -> None:

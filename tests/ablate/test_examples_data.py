@@ -106,9 +106,10 @@ def test_the_hash_depends_on_inputs_targets_ids_groups_and_order() -> None:
         ablate.Examples(INPUTS, [2, 0, 1, 1]).hash,
         ablate.Examples(INPUTS, TARGETS, list("abcd")).hash,
         ablate.Examples(INPUTS, TARGETS, None, list("abcd")).hash,
+        ablate.Examples(INPUTS, [2, 0, 1, 1], None, list("abcd")).hash,
         ablate.Examples(INPUTS.flip(0), TARGETS[::-1]).hash,
     }
-    assert len(hashes) == 8
+    assert len(hashes) == 9
 
 
 def test_take_keeps_ids_and_groups() -> None:
