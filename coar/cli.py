@@ -121,7 +121,7 @@ def fit_campaign(
     ridge: Annotated[
         float | None, typer.Option(help="One penalty for all examples; default: chosen per example.")
     ] = None,
-    memory_gib: Annotated[float, typer.Option(help="Memory budget in GiB.")] = 2.0,
+    memory_gib: Annotated[float, typer.Option(min=0.01, max=1e6, help="Memory budget in GiB.")] = 2.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace attributions of another fit.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -237,7 +237,13 @@ def report(
     opened = coar.open_attributions(attributions)
     sections = [quality_section(opened)]
     if edit_file is not None:
-        sections.append(edit_section(coar.load_edit(edit_file)))
+        found = coar.load_edit(edit_file)
+        if found.selection.index != opened.index:
+            raise coar.EditMismatchError(
+                f"{edit_file} edits components of index {found.selection.index.hash[:12]}, {opened.store.where} has "
+                f"index {opened.index.hash[:12]}. Give an edit of the same model."
+            )
+        sections.append(edit_section(found))
     sections.append(provenance_section(opened.header))
     write_report(out, "Component attributions", opened.store.where, sections)
     _say(f"Report: {out}", None)

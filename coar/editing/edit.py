@@ -42,7 +42,7 @@ class Edit:
     alpha: float = 1.0
     base: str | None = None
     method: str = "by hand"
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.operation not in OPERATIONS:

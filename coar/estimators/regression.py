@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from coar.attributions import Attributions
 from coar.errors import FitError
 from coar.estimators.normal import GramSums, Matrix, OutputSums, Spectrum, choose_ridge, solve
 from coar.evaluate import correlation, explained_share
-from stores import AttributionStore, CampaignStore, StoreMismatchError, StoreNotFoundError
+from stores import AttributionStore, CampaignStore, DamagedBlockError, StoreMismatchError, StoreNotFoundError
 from stores.schema import Location
 
 # Penalties that are tried, in units of the mean eigenvalue of the centred Gram matrix.
@@ -176,6 +177,10 @@ def _open_same(place: Location, identity: Mapping[str, Any], overwrite: bool) ->
         store = AttributionStore.open(place, finish=True)
     except StoreNotFoundError:
         return None
+    except DamagedBlockError:
+        if overwrite:
+            return None
+        raise
     found = stores.differences(store.header["identity"], identity)
     if not found:
         return store
@@ -189,11 +194,12 @@ def _open_same(place: Location, identity: Mapping[str, Any], overwrite: bool) ->
 
 
 def _remove(place: Location) -> None:
-    """Deletes an attribution store, if there is one; raises for anything else."""
-    try:
-        AttributionStore.open(place, finish=True)
-    except StoreNotFoundError:
-        return
+    """Deletes an attribution store, damaged or not, if there is one; raises for anything else."""
+    with suppress(DamagedBlockError):
+        try:
+            AttributionStore.open(place, finish=True)
+        except StoreNotFoundError:
+            return
     if isinstance(place, Store):
         sync(place.clear())
     else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import ablate
 import coar
@@ -467,3 +468,13 @@ def test_a_spec_without_a_store(run: Run, folder: Path, tmp_path: Path) -> None:
     code, _, err = run("ablate", tmp_path / "spec.toml")
     assert code == 2
     assert "store: missing. Name one in the spec, or pass store=." in err
+
+
+def test_report_refuses_an_edit_of_another_index(run: Run, attributions: Path, tmp_path: Path) -> None:
+    index = ablate.ComponentIndex.from_model(torch.nn.Linear(2, 3), ["linear_neuron"])
+    coar.Edit(index.select([0])).save(tmp_path / "other.safetensors")
+    page = tmp_path / "report.html"
+    code, _, err = run("report", attributions, "--out", page, "--edit", tmp_path / "other.safetensors")
+    assert code == 2
+    assert "Give an edit of the same model." in err
+    assert not page.exists()

@@ -317,3 +317,7 @@ def test_a_damaged_file(edit: coar.Edit, tmp_path: Path, content: bytes | None) 
     path.write_bytes(path.read_bytes()[:-10] if content is None else content)
     with pytest.raises(coar.EditError, match=r"fix\.safetensors cannot be read as an edit: SafetensorError: "):
         coar.load_edit(path)
+
+
+def test_edits_can_be_kept_in_sets(edit: coar.Edit) -> None:
+    assert len({edit, edit.at(1.0), edit.at(0.5)}) == 2

@@ -287,3 +287,12 @@ def test_progress_is_shown_on_stderr_when_asked(noisy: CampaignStore, capsys: py
     assert not out
     assert "fit" in shown
     assert "30/30" in shown
+
+
+def test_a_damaged_store_can_be_overwritten(noisy: CampaignStore, tmp_path: Path) -> None:
+    path = tmp_path / "attributions.zarr"
+    expected = coar.fit(noisy, path).weights[:]
+    (path / "bias" / "c" / "0").unlink()
+    with pytest.raises(stores.DamagedBlockError, match="'bias'"):
+        coar.fit(noisy, path)
+    np.testing.assert_array_equal(coar.fit(noisy, path, overwrite=True).weights[:], expected)
