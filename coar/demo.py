@@ -21,7 +21,7 @@ from ablate import CampaignSpec, Engine, Examples
 from ablate.digits import CLASSES, MINORITY_GROUPS, digits_split
 from coar import plots
 from coar.attributions import Attributions
-from coar.editing.coar_edit import Ranking, rank_components, sweep_edit_size
+from coar.editing.coar_edit import rank_components, sweep_edit_size
 from coar.editing.edit import Edit
 from coar.estimators.regression import fit
 from coar.evaluate import Evaluation, evaluate
@@ -88,53 +88,28 @@ def run_demo(out: str | os.PathLike[str], seed: int, say: Say, progress: bool = 
         f"rows, {evaluation.summary()['mean']:.3f} on {evaluation.rows} fresh keep-vectors.",
         None,
     )
-    question, margin = _question(engine, attributions, examples)
-    verdict = "misclassified" if margin <= 0 else "classified correctly"
-    image_id = attributions.examples["id"][question]
-    say(
-        f"5. Image {question}, {image_id} ({attributions.examples['group'][question]}), is {verdict} (margin "
-        f"{margin:.2f}). The components that matter most to it:",
-        attributions.top(question).drop(columns="module"),
-    )
-    figure = plots.top_components(
-        attributions,
-        question,
-        examples.input(question)[0].numpy(),
-        ablation_curve(attributions, engine, examples, question, CURVE_LENGTH),
-    )
-    figure.savefig(folder / "top_components.png", dpi=120)
+    question = _ask(attributions, engine, examples, folder, say)
     with _timed(timings, "edit"):
-        ranking, sweeps, edit = _edit(attributions, engine, seed)
-        edit.save(folder / "edit.safetensors")
-        after = _accuracy(edit.apply(model), digits_split("test", seed))
-    before_after = _before_after(unedited, after)
+        edit, after, repair = _repair(attributions, engine, model, seed, unedited)
+    edit.save(folder / "edit.safetensors")
     say(
-        f"6. COAR-Edit ablates {len(edit.selection)} of {len(ranking.ids)} filters (chosen on validation images). "
-        f"Worst group {unedited.worst:.1%} -> {after.worst:.1%}, average {unedited.average:.1%} -> "
+        f"6. COAR-Edit ablates {len(edit.selection)} of {len(attributions.index)} filters (chosen on validation "
+        f"images). Worst group {unedited.worst:.1%} -> {after.worst:.1%}, average {unedited.average:.1%} -> "
         f"{after.average:.1%}. Saved: {folder / 'edit.safetensors'}",
-        before_after,
+        _before_after(unedited, after),
     )
-    sections = [
-        Section(
-            "The question",
-            text=[
-                f"{image_id} is {verdict} with a margin of {margin:.2f}. Which filters did that, and is the answer "
-                "right when they are really ablated?"
-            ],
-            tables={"Its strongest components": attributions.top(question)},
-            figures={"The image, its components, and the test of the attribution": figure},
-        ),
-        _repair_section(unedited, after, before_after, sweeps, len(edit.selection)),
-        edit_section(edit),
-        quality_section(attributions),
-        _fresh_section(attributions, evaluation),
-        provenance_section(attributions.header, timings),
-    ]
     report = write_report(
         folder / "report.html",
         "Which filters look at the background?",
         "Component attribution and repair of a digit classifier with a spurious cue.",
-        sections,
+        [
+            question,
+            repair,
+            edit_section(edit),
+            quality_section(attributions),
+            _fresh_section(attributions, evaluation),
+            provenance_section(attributions.header, timings),
+        ],
     )
     say(f"7. Report: {report}", None)
     return DemoResult(attributions, evaluation, edit, unedited, after, report, timings)
@@ -184,8 +159,35 @@ def _question(engine: Engine, attributions: Attributions, examples: Examples) ->
     return chosen, float(margins[chosen])
 
 
-def _edit(attributions: Attributions, engine: Engine, seed: int) -> tuple[Ranking, dict[str, pd.DataFrame], Edit]:
-    """Returns the ranking from training examples, the sweep over k per split, and the edit that validation chose."""
+def _ask(attributions: Attributions, engine: Engine, examples: Examples, folder: Path, say: Say) -> Section:
+    """Says which components matter most to one test image, draws them, and returns both for the report."""
+    question, margin = _question(engine, attributions, examples)
+    verdict = "misclassified" if margin <= 0 else "classified correctly"
+    image_id, group = attributions.examples.loc[question, ["id", "group"]]
+    top = attributions.top(question).drop(columns="module")
+    say(
+        f"5. Image {question}, {image_id} ({group}), is {verdict} (margin {margin:.2f}). The components that matter "
+        "most to it:",
+        top,
+    )
+    curve = ablation_curve(attributions, engine, examples, question, CURVE_LENGTH)
+    figure = plots.top_components(attributions, question, examples.input(question)[0].numpy(), curve)
+    figure.savefig(folder / "top_components.png", dpi=120)
+    return Section(
+        "The question",
+        text=[
+            f"{image_id} is {verdict} with a margin of {margin:.2f}. Which filters did that, and is the answer right "
+            "when they are really ablated?"
+        ],
+        tables={"Its strongest components": top},
+        figures={"The image, its components, and the test of the attribution": figure},
+    )
+
+
+def _repair(
+    attributions: Attributions, engine: Engine, model: nn.Module, seed: int, before: GroupAccuracy
+) -> tuple[Edit, GroupAccuracy, Section]:
+    """Returns the edit (ranked on training, sized on validation images), its test accuracy, and both for the report."""
     groups = sorted(set(attributions.examples["group"]))
     target = [i for g in MINORITY_GROUPS for i in attributions.group(g, "train/")]
     reference = [i for g in groups if g not in MINORITY_GROUPS for i in attributions.group(g, "train/")]
@@ -194,9 +196,11 @@ def _edit(attributions: Attributions, engine: Engine, seed: int) -> tuple[Rankin
         split: sweep_edit_size(ranking, engine, digits_split(split, seed), EDIT_SIZES)
         for split in ("validation", "test")
     }
-    validation = sweeps["validation"].iloc[1:]  # k = 0 is no edit
-    best = validation.sort_values(["worst", "average", "k"], ascending=[False, False, True]).iloc[0]
-    return ranking, sweeps, ranking.edit(int(best["k"]))
+    candidates = sweeps["validation"].iloc[1:]  # k = 0 is no edit
+    best = candidates.sort_values(["worst", "average", "k"], ascending=[False, False, True]).iloc[0]
+    edit = ranking.edit(int(best["k"]))
+    after = _accuracy(edit.apply(model), digits_split("test", seed))
+    return edit, after, _repair_section(before, after, sweeps, len(edit.selection))
 
 
 def _before_after(before: GroupAccuracy, after: GroupAccuracy) -> pd.DataFrame:
@@ -208,9 +212,7 @@ def _before_after(before: GroupAccuracy, after: GroupAccuracy) -> pd.DataFrame:
     return pd.DataFrame({"test group": names, "images": sizes, "before": old, "after": new, "points": points})
 
 
-def _repair_section(
-    before: GroupAccuracy, after: GroupAccuracy, table: pd.DataFrame, sweeps: dict[str, pd.DataFrame], k: int
-) -> Section:
+def _repair_section(before: GroupAccuracy, after: GroupAccuracy, sweeps: dict[str, pd.DataFrame], k: int) -> Section:
     return Section(
         "The repair",
         text=[
@@ -218,7 +220,7 @@ def _repair_section(
             "on test images. Targets are 20 training images of each group where cue and label disagree, references 20 "
             "of each where they agree; k was chosen on validation images, the test curve is shown for information only."
         ],
-        tables={"Test accuracy": table},
+        tables={"Test accuracy": _before_after(before, after)},
         figures={
             "Accuracy per group": plots.group_bars(before, after),
             "Accuracy against the number of ablated components": plots.edit_sweep(sweeps, k),
