@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,21 @@ SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A campaign spec 
 AttributionsPath = Annotated[str, typer.Argument(metavar="ATTRIBUTIONS", help="An attribution store.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"coar {version('component-attribution')}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Tells which parts of a network made a prediction, and what happens without them."""
 
 
 @app.command()

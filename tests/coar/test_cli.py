@@ -478,3 +478,7 @@ def test_report_refuses_an_edit_of_another_index(run: Run, attributions: Path, t
     assert code == 2
     assert "Give an edit of the same model." in err
     assert not page.exists()
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, "coar 0.1.0\n", "")
