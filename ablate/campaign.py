@@ -64,16 +64,9 @@ def run(
         index = spec.make_index(model)
         settings = spec.settings
         plan = KeepPlan(len(index), settings.rows, settings.ablate_fraction, settings.seed)
-        engine = Engine(
-            model,
-            index,
-            spec.output,
-            device=_device(settings.device),
-            precision=settings.precision,
-            batch_size=settings.batch_size,
-        )
+        engine = spec.make_engine(model, index)
         identity = campaign_identity(model_hash(model), examples, index, plan, engine, settings.block_rows)
-        campaign = _open_or_create(place, spec, identity, examples, index, plan, accept_versions)
+        campaign = _open_or_create(place, spec, engine, identity, examples, plan, accept_versions)
         _compute_missing(campaign, engine, plan, examples, progress)
     return campaign
 
@@ -99,18 +92,18 @@ def campaign_identity(
 def _open_or_create(
     place: Location,
     spec: CampaignSpec,
+    engine: Engine,
     identity: Mapping[str, Any],
     examples: Examples,
-    index: ComponentIndex,
     plan: KeepPlan,
     accept_versions: bool,
 ) -> CampaignStore:
     environment = {
         "versions": identity["versions"],
         "python": platform.python_version(),
-        "device": _device(spec.settings.device) or "cpu",
+        "device": str(engine.device),
         "threads": torch.get_num_threads(),
-        "batch_size": spec.settings.batch_size,
+        "batch_size": engine.batch_size,
     }
     try:
         campaign = CampaignStore.open(place, mode="r+")
@@ -119,13 +112,13 @@ def _open_or_create(
             "identity": dict(identity),
             "spec": spec.describe(),
             "loadable": spec.loadable,
-            "index": index.to_json(),
+            "index": engine.index.to_json(),
             "environments": [environment],
         }
         return CampaignStore.create(
             place,
             header=header,
-            components=index.columns,
+            components=engine.index.columns,
             examples=examples.columns(),
             rows=plan.rows,
             block_rows=spec.settings.block_rows,
@@ -169,9 +162,3 @@ def _compute_missing(
                 raise
             campaign.write_block(block, keep, outputs.numpy().astype(np.float32, copy=False))
             bar.update(len(keep))
-
-
-def _device(name: str) -> str | None:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else None

@@ -22,7 +22,7 @@ from torch import nn
 
 from ablate.components import ComponentIndex, component_kinds
 from ablate.data import Examples
-from ablate.engine import PRECISIONS
+from ablate.engine import PRECISIONS, Engine
 from ablate.errors import SpecError, nearest
 from ablate.loading import (
     ArraysData,
@@ -182,6 +182,16 @@ class CampaignSpec:
             return given  # type: ignore[no-any-return]
         chosen = self.settings.components
         return ComponentIndex.from_model(model, chosen.kinds, include=chosen.include, exclude=chosen.exclude)
+
+    def make_engine(self, model: nn.Module, index: ComponentIndex) -> Engine:
+        """Returns the engine the spec asks for; device `auto` is CUDA where there is one, else where the model is."""
+        settings = self.settings
+        device: str | None = settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else None
+        return Engine(
+            model, index, self.output, device=device, precision=settings.precision, batch_size=settings.batch_size
+        )
 
     @property
     def output(self) -> str | Output:

@@ -19,6 +19,7 @@ from torch import nn
 import ablate
 from ablate import CampaignSpec, Engine, Examples
 from ablate.digits import CLASSES, MINORITY_GROUPS, digits_split
+from ablate.outputs import predictions_correct
 from coar import plots
 from coar.attributions import Attributions
 from coar.editing.coar_edit import rank_components, sweep_edit_size
@@ -147,7 +148,7 @@ def _accuracy(model: nn.Module, examples: Examples) -> GroupAccuracy:
     index = ablate.ComponentIndex.from_model(model)
     everything_kept = np.ones((1, len(index)), dtype=np.bool_)
     margins = Engine(model, index).outputs(everything_kept, examples)[0]
-    return group_accuracy(margins.numpy() > 0, examples.groups)
+    return group_accuracy(predictions_correct(margins).numpy(), examples.groups)
 
 
 def _question(engine: Engine, attributions: Attributions, examples: Examples) -> tuple[int, float]:

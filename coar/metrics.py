@@ -30,16 +30,6 @@ class GroupAccuracy:
     groups: dict[str, float]
     sizes: dict[str, int]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the figures as JSON-able values."""
-        return {
-            "worst": self.worst,
-            "worst_group": self.worst_group,
-            "average": self.average,
-            "group_average": self.group_average,
-            "groups": self.groups,
-        }
-
 
 def group_accuracy(correct: Sequence[bool] | Any, groups: Sequence[str]) -> GroupAccuracy:
     """Returns accuracies from which examples (examples,) bool are correct, and the group of each. Mutates nothing."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ablate import CampaignSpec, Engine, Examples, model_hash, preserved_random_state
 from coar.attributions import Attributions
 from coar.errors import QueryError
@@ -32,14 +30,4 @@ def reload_engine(attributions: Attributions) -> tuple[Engine, Examples]:
         raise StoreMismatchError(
             attributions.store.where, found, "The checkpoint or data file has changed since. Restore the original."
         )
-    settings = spec.settings
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else None
-    engine = Engine(
-        model,
-        attributions.index,
-        spec.output,
-        device=device,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-    )
-    return engine, examples
+    return spec.make_engine(model, attributions.index), examples

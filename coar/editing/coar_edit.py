@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from ablate import ComponentIndex, Engine, Examples, Margin
+from ablate.outputs import predictions_correct
 from coar.attributions import Attributions
 from coar.editing.edit import Edit
 from coar.errors import EditError
@@ -193,7 +194,7 @@ def sweep_edit_size(ranking: Ranking, engine: Engine, examples: Examples, sizes:
     keep = np.ones((len(sizes), len(ranking.ids)), dtype=np.bool_)
     for row, k in enumerate(sizes):
         keep[row, list(ranking.ids[:k])] = False
-    correct = engine.outputs(keep, examples).numpy() > 0
+    correct = predictions_correct(engine.outputs(keep, examples)).numpy()
     results = [group_accuracy(correct[row], examples.groups) for row in range(len(sizes))]
     return pd.DataFrame(
         {

@@ -17,13 +17,6 @@ def test_group_accuracy() -> None:
     assert found.sizes == {"a": 1, "b": 3, "c": 2}
     assert (found.worst, found.worst_group, found.average) == (0.0, "c", 0.5)
     assert found.group_average == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert found.as_dict() == {
-        "worst": 0.0,
-        "worst_group": "c",
-        "average": 0.5,
-        "group_average": found.group_average,
-        "groups": found.groups,
-    }
 
 
 def test_the_first_of_equally_bad_groups_is_the_worst() -> None:
