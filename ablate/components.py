@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -19,9 +18,13 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from ablate.errors import ModelMismatchError, SelectionError, UnknownNameError, nearest
+from ablate.kinds import KINDS, STRUCTURAL, Anatomy
+from ablate.kinds import component_kinds as component_kinds
+from ablate.listing import Listing, default_kinds, excluded_by_name
+from ablate.listing import Port as Port
 from stores import content_hash
 
 if TYPE_CHECKING:
@@ -29,33 +32,6 @@ if TYPE_CHECKING:
 
 JSON_FORMAT = "component-index"
 JSON_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Port:
-    """A run of components in one module: `count` equal slices of `parameter` along `axis`, each `width` wide.
-
-    Attributes:
-      kind: The component kind, e.g. `conv_filter`.
-      layer: Position of the module among the indexed ones, from 0.
-      module: The module's name in `model.named_modules()`.
-      parameter: The tensor's name in `model.named_parameters()`.
-      port: `out` (output channels before the bias) or `in` (input channels).
-      axis: The axis of `parameter` that is sliced.
-      count: Number of components.
-      width: Length of one slice.
-      n_parameters: Number of parameters in one slice.
-    """
-
-    kind: str
-    layer: int
-    module: str
-    parameter: str
-    port: str
-    axis: int
-    count: int
-    width: int
-    n_parameters: int
 
 
 @dataclass(frozen=True)
@@ -75,35 +51,10 @@ class Component:
     n_parameters: int
 
 
-def _rows_of(model_type: type[nn.Conv2d] | type[nn.Linear], kind: str) -> Callable[[str, nn.Module], Port | None]:
-    """Returns the rule for one component per row of the weight of every module of a type."""
-
-    def rule(name: str, module: nn.Module) -> Port | None:
-        if not isinstance(module, model_type):
-            return None
-        weight: Tensor = module.weight
-        count = int(weight.shape[0])
-        return Port(kind, 0, name, _join(name, "weight"), "out", 0, count, 1, weight.numel() // count)
-
-    return rule
-
-
-# A kind is a rule from a module to its port, by type and structure, never by name.
-_KINDS: dict[str, Callable[[str, nn.Module], Port | None]] = {
-    "conv_filter": _rows_of(nn.Conv2d, "conv_filter"),
-    "linear_neuron": _rows_of(nn.Linear, "linear_neuron"),
-}
-
-
-def component_kinds() -> tuple[str, ...]:
-    """Returns the names of the component kinds."""
-    return tuple(_KINDS)
-
-
 class ComponentIndex:
     """The ordered table of all components of one model. Immutable; equal indices have equal hashes."""
 
-    def __init__(self, ports: Sequence[Port], left_out: Sequence[tuple[str, int, str]] = ()) -> None:
+    def __init__(self, ports: Sequence[Port], left_out: Sequence[tuple[str, int, int, str]] = ()) -> None:
         self.ports: tuple[Port, ...] = tuple(ports)
         self._left_out = tuple(left_out)
         self._offsets = np.concatenate([[0], np.cumsum([port.count for port in self.ports], dtype=np.int64)])
@@ -121,58 +72,75 @@ class ComponentIndex:
 
         Args:
           model: Any module. A weight that several modules share is listed once, under the first.
-          kinds: Component kinds (see `component_kinds()`). None: `conv_filter` where convolutions outnumber hidden
-            linear layers, else `linear_neuron` without the last linear layer, which holds the classes themselves.
+          kinds: Component kinds (see `component_kinds()`). Where two of them mean the same slices of a weight, the
+            first counts. None: `conv_filter` where convolutions outnumber hidden linear layers, else `linear_neuron`
+            without the last linear layer, which holds the classes themselves, and with the query, key and value rows
+            that an attention keeps outside of linear layers.
           include, exclude: Patterns of module names (`layer4.*`).
 
         Raises:
           UnknownNameError: A kind or a pattern that fits nothing.
           SelectionError: No component is left.
         """
-        names = [name for name, _ in model.named_modules()]
-        for argument, value in (("kinds", kinds), ("include", include), ("exclude", exclude)):
-            if isinstance(value, str):
-                raise SelectionError(f"{argument} is the string {value!r}, expected a list: {argument}=[{value!r}].")
-        for pattern in (*include, *exclude):
-            _require_match(pattern, names, "module")
-        exclude = tuple(exclude)
+        if isinstance(kinds, str):
+            raise SelectionError(f"kinds is the string {kinds!r}, expected a list: kinds=[{kinds!r}].")
+        anatomy = Anatomy(model)
+        excluded = excluded_by_name(anatomy, include, exclude)
         if kinds is None:
-            kinds, last = _default_kinds(model)
-            exclude += last
+            kinds, last = default_kinds(anatomy)
+            excluded |= dict.fromkeys(last, "excluded by name")
         for kind in kinds:
-            if kind not in _KINDS:
-                raise UnknownNameError("component kind", kind, _KINDS)
+            if kind not in KINDS:
+                raise UnknownNameError("component kind", kind, KINDS)
+        return cls.from_anatomy(anatomy, kinds, excluded)
 
-        canonical = {id(parameter): name for name, parameter in model.named_parameters()}
-        ports: list[Port] = []
-        left_out: list[tuple[str, int, str]] = []
-        seen: dict[str, str] = {}
-        for name, module in model.named_modules():
-            port = next((p for kind in kinds if (p := _KINDS[kind](name, module)) is not None), None)
-            wanted = any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-            if port is None or not wanted:
-                own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-                if own:
-                    reason = "excluded by name" if port else f"a {type(module).__name__} is none of {', '.join(kinds)}"
-                    left_out.append((name, own, reason))
-                continue
-            parameter = canonical.get(id(module.weight))
-            if parameter is None:
-                raise ModelMismatchError(
-                    f"Module {name!r}: its weight is computed (a parametrization?) and no parameter of the model, so "
-                    "it cannot be gated. Remove the parametrization, or leave the module out with exclude=[...]."
+    @classmethod
+    def from_anatomy(cls, anatomy: Anatomy, kinds: Sequence[str], excluded: Mapping[str, str]) -> ComponentIndex:
+        """Returns the index of these kinds in all modules but the excluded ones (module name -> why).
+
+        For `from_model` and the presets, which have checked what they were given.
+        """
+        listing = Listing(anatomy, kinds, excluded)
+        if not listing.ports:
+            unknown = (
+                ""
+                if not set(kinds) & set(STRUCTURAL)
+                else (
+                    " Attentions, feed-forward networks and residual blocks of a form unknown here are made known with "
+                    "ablate.register_attention, register_feed_forward and register_residual."
                 )
-            if parameter in seen:
-                left_out.append((name, 0, f"shares its weight with {seen[parameter]!r}, which is listed"))
-                continue
-            seen[parameter] = name
-            ports.append(Port(**{**asdict(port), "layer": len(ports), "parameter": parameter}))
-        if not ports:
-            raise SelectionError(
-                f"{type(model).__name__} has no component of kind {', '.join(kinds)} in the modules asked for. "
-                f"Kinds: {', '.join(_KINDS)}. Give other kinds, or widen include/exclude."
             )
-        return cls(ports, left_out)
+            raise SelectionError(
+                f"{type(anatomy.modules['']).__name__} has no component of kind {', '.join(kinds)} in the modules "
+                f"asked for. Kinds: {', '.join(KINDS)}. Give other kinds, or widen include/exclude.{unknown}"
+            )
+        return cls(listing.ports, listing.left_out)
+
+    @classmethod
+    def from_preset(
+        cls,
+        model: nn.Module,
+        name: str,
+        *,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        shortcuts: bool = False,
+    ) -> ComponentIndex:
+        """Returns a published enumeration of a model's components, by name (see `preset_names()`).
+
+        Args:
+          model: The model.
+          name: `coar-resnet`, `coar-vit`, `coar-gpt2`, `heads` or `ffn`.
+          include, exclude: Patterns of module names, to narrow it.
+          shortcuts: With `coar-resnet`: list the shortcut convolutions too.
+
+        Raises:
+          UnknownNameError: A preset or a pattern that fits nothing.
+          SelectionError: The model has none of what the preset lists.
+        """
+        from ablate.presets import preset_index
+
+        return preset_index(model, name, include=include, exclude=exclude, shortcuts=shortcuts)
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -187,7 +155,7 @@ class ComponentIndex:
         unit = component - int(self._offsets[at])
         return Component(
             id=component,
-            name=f"{port.module}[{unit}]",
+            name=port.name(unit),
             kind=port.kind,
             layer=port.layer,
             module=port.module,
@@ -209,7 +177,8 @@ class ComponentIndex:
         return hash(self.ports)
 
     def __repr__(self) -> str:
-        return f"<ComponentIndex: {len(self):,} components in {len(self.ports)} modules, {self.hash[:12]}>"
+        modules = len({port.module for port in self.ports})
+        return f"<ComponentIndex: {len(self):,} components in {modules} modules, {self.hash[:12]}>"
 
     @cached_property
     def hash(self) -> str:
@@ -228,13 +197,12 @@ class ComponentIndex:
             return np.repeat(np.array(values, dtype=dtype), counts)
 
         width = column("width")
-        module = column("module")
         return {
             "id": np.arange(len(self), dtype=np.int64),
-            "name": np.array([f"{m}[{u}]" for m, u in zip(module, units, strict=True)], dtype=object),
+            "name": np.array([port.name(unit) for port in self.ports for unit in range(port.count)], dtype=object),
             "kind": column("kind"),
             "layer": column("layer"),
-            "module": module,
+            "module": column("module"),
             "parameter": column("parameter"),
             "port": column("port"),
             "axis": column("axis"),
@@ -248,18 +216,19 @@ class ComponentIndex:
         return pd.DataFrame(self.columns)
 
     def modules(self) -> pd.DataFrame:
-        """Returns one row per indexed module: module, kind, layer, port, components, parameters."""
+        """Returns one row per indexed module and kind: module, kind, layer, port, components, parameters."""
         return pd.DataFrame(
             [(p.module, p.kind, p.layer, p.port, p.count, p.count * p.n_parameters) for p in self.ports],
             columns=["module", "kind", "layer", "port", "components", "parameters"],
         )
 
     def left_out(self) -> pd.DataFrame:
-        """Returns the modules with parameters that hold no component of this index: module, parameters, reason.
+        """Returns the modules with parameters that hold no component of this index, and the components not listed.
 
+        Columns: module, its parameters, the components of the kinds asked for that it would have, and the reason.
         Known for an index made by `from_model`; empty for one read from a file or store.
         """
-        return pd.DataFrame(list(self._left_out), columns=["module", "parameters", "reason"])
+        return pd.DataFrame(list(self._left_out), columns=["module", "parameters", "components", "reason"])
 
     def expect(self, count: int) -> ComponentIndex:
         """Returns this index, or raises SelectionError with the count per module if it has not `count` components."""
@@ -316,6 +285,7 @@ class ComponentIndex:
     def check(self, model: nn.Module) -> None:
         """Raises ModelMismatchError, naming every port that does not fit, unless this index describes `model`."""
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        modules = dict(model.named_modules())
         problems = []
         for port in self.ports:
             shape = shapes.get(port.parameter)
@@ -331,6 +301,8 @@ class ComponentIndex:
                     f"{port.parameter!r} has shape {shape}, expected {port.n_parameters:,} values per component, "
                     f"not {prod(shape) // port.count:,}"
                 )
+            elif port.with_bias and port.module not in modules:
+                problems.append(f"no module {port.module!r}, whose weight and bias end a residual branch")
         if problems:
             shown = "\n".join(f"  {problem}" for problem in problems[:5])
             more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -338,26 +310,3 @@ class ComponentIndex:
                 f"This index ({len(self):,} components, {self.hash[:12]}) was not made for this "
                 f"{type(model).__name__}:\n{shown}{more}\nMake one with ComponentIndex.from_model(model)."
             )
-
-
-def _default_kinds(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the default kinds for a model, and the modules to leave out with them."""
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if convolutions > len(linear[:-1]):
-        return ("conv_filter",), ()
-    return ("linear_neuron",), (tuple(linear[-1:]) if len(linear) > 1 else ())
-
-
-def _require_match(pattern: str, names: Sequence[str], what: str) -> None:
-    if not any(fnmatchcase(name, pattern) for name in names):
-        raise UnknownNameError(
-            what,
-            pattern,
-            (n for n in names if n),
-            f"{sum(map(bool, names))} names were tried; patterns like 'layer4.*' are allowed.",
-        )
-
-
-def _join(module: str, parameter: str) -> str:
-    return f"{module}.{parameter}" if module else parameter

@@ -88,14 +88,13 @@ class Selection:
           UnknownNameError: The pattern, kind or layer fits nothing in the whole index.
         """
         ports = self.index.ports
+        names = list(dict.fromkeys(p.module for p in ports))
         if kind is not None and kind not in {p.kind for p in ports}:
             raise UnknownNameError("component kind", kind, sorted({p.kind for p in ports}))
-        if module is not None and not any(fnmatchcase(p.module, module) for p in ports):
-            raise UnknownNameError(
-                "module", module, [p.module for p in ports], f"index.modules() lists all {len(ports)} indexed modules."
-            )
-        if layer is not None and not 0 <= layer < len(ports):
-            raise UnknownNameError("layer", str(layer), [], f"Layers are 0 to {len(ports) - 1}.")
+        if module is not None and not any(fnmatchcase(name, module) for name in names):
+            raise UnknownNameError("module", module, names, f"index.modules() lists all {len(names)} indexed modules.")
+        if layer is not None and not 0 <= layer <= ports[-1].layer:
+            raise UnknownNameError("layer", str(layer), [], f"Layers are 0 to {ports[-1].layer}.")
         fits = [
             (module is None or fnmatchcase(p.module, module))
             and (kind is None or p.kind == kind)

@@ -16,7 +16,18 @@ def _modules(model: nn.Module, **arguments: Any) -> list[str]:
 
 
 def test_the_registered_kinds() -> None:
-    assert ablate.component_kinds() == ("conv_filter", "linear_neuron")
+    assert ablate.component_kinds() == (
+        "conv_filter",
+        "linear_neuron",
+        "linear_input",
+        "attention_head",
+        "qkv_neuron",
+        "ffn_in",
+        "ffn_hidden",
+        "ffn_out",
+        "residual_branch",
+        "layer",
+    )
 
 
 def test_the_default_of_a_convolutional_net_is_its_filters(conv_net: nn.Module) -> None:
@@ -34,13 +45,26 @@ def test_the_default_of_a_vision_transformer_is_its_neurons_without_the_classes(
         image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=6
     )
     block = "encoder.layers.encoder_layer_0"
-    assert _modules(model) == [f"{block}.self_attention.out_proj", f"{block}.mlp.0", f"{block}.mlp.3"]
+    attention = f"{block}.self_attention"
+    assert _modules(model) == [attention, f"{attention}.out_proj", f"{block}.mlp.0", f"{block}.mlp.3"]
     left_out = ablate.ComponentIndex.from_model(model).left_out().set_index("module")
     assert left_out.loc["heads.head", "reason"] == "excluded by name"
-    assert left_out.loc["conv_proj", "reason"] == "a Conv2d is none of linear_neuron"
-    attention = left_out.loc[f"{block}.self_attention"]
-    assert attention["reason"] == "a MultiheadAttention is none of linear_neuron"
-    assert attention["parameters"] == 48 * 16 + 48
+    assert left_out.loc["heads.head", "components"] == 6
+    assert left_out.loc["conv_proj", "reason"] == "a Conv2d is none of linear_neuron, qkv_neuron"
+    left_out = ablate.ComponentIndex.from_model(model, ["linear_neuron"]).left_out().set_index("module")
+    assert left_out.loc[attention, "reason"] == "a MultiheadAttention is none of linear_neuron"
+    assert left_out.loc[attention, "parameters"] == 48 * 16 + 48
+    assert left_out.loc["encoder", "reason"] == "an Encoder is none of linear_neuron"
+
+
+def test_the_default_names_each_row_once_where_projections_are_linear_layers() -> None:
+    import timm
+
+    model = timm.create_model("test_vit", pretrained=False)
+    index = ablate.ComponentIndex.from_model(model)
+    assert {port.kind for port in index.ports} == {"linear_neuron"}
+    assert "blocks.0.attn.qkv" in index.columns["module"]
+    assert "head" not in index.columns["module"]
 
 
 @pytest.mark.parametrize(
@@ -80,17 +104,17 @@ def test_layers_count_the_indexed_modules_only(conv_net: nn.Module) -> None:
 def test_left_out_names_every_module_with_parameters_that_is_not_listed(conv_net: nn.Module) -> None:
     left_out = ablate.ComponentIndex.from_model(conv_net, ["conv_filter"], exclude=["conv2"]).left_out()
     assert left_out.to_dict("records") == [
-        {"module": "bn1", "parameters": 8, "reason": "a BatchNorm2d is none of conv_filter"},
-        {"module": "conv2", "parameters": 108, "reason": "excluded by name"},
-        {"module": "bn2", "parameters": 12, "reason": "a BatchNorm2d is none of conv_filter"},
-        {"module": "fc", "parameters": 35, "reason": "a Linear is none of conv_filter"},
-        {"module": "head", "parameters": 18, "reason": "a Linear is none of conv_filter"},
+        {"module": "bn1", "parameters": 8, "components": 0, "reason": "a BatchNorm2d is none of conv_filter"},
+        {"module": "conv2", "parameters": 108, "components": 6, "reason": "excluded by name"},
+        {"module": "bn2", "parameters": 12, "components": 0, "reason": "a BatchNorm2d is none of conv_filter"},
+        {"module": "fc", "parameters": 35, "components": 0, "reason": "a Linear is none of conv_filter"},
+        {"module": "head", "parameters": 18, "components": 0, "reason": "a Linear is none of conv_filter"},
     ]
 
 
 def test_left_out_is_an_empty_table_where_nothing_is(mlp: nn.Module) -> None:
     left_out = ablate.ComponentIndex.from_model(mlp, ["linear_neuron"]).left_out()
-    assert list(left_out.columns) == ["module", "parameters", "reason"]
+    assert list(left_out.columns) == ["module", "parameters", "components", "reason"]
     assert left_out.empty
 
 
@@ -100,7 +124,7 @@ def test_a_weight_that_two_modules_share_is_listed_under_the_first(mlp: nn.Modul
     index = ablate.ComponentIndex.from_model(tied, ["linear_neuron"])
     assert [port.module for port in index.ports] == ["0", "3"]
     assert index.left_out().to_dict("records") == [
-        {"module": "2", "parameters": 0, "reason": "shares its weight with '0', which is listed"}
+        {"module": "2", "parameters": 0, "components": 4, "reason": "shares its weight with '0', which is listed"}
     ]
 
 
@@ -134,7 +158,10 @@ def test_a_misspelt_kind_is_named_with_the_nearest(conv_net: nn.Module) -> None:
     assert str(caught.value) == "No component kind 'conv_filters'. Did you mean 'conv_filter'?"
     with pytest.raises(ablate.UnknownNameError) as caught:
         ablate.ComponentIndex.from_model(conv_net, ["head"])
-    assert str(caught.value) == "No component kind 'head'. Known: conv_filter, linear_neuron."
+    assert str(caught.value) == (
+        "No component kind 'head'. Known: conv_filter, linear_neuron, linear_input, attention_head, qkv_neuron, "
+        "ffn_in, ffn_hidden, ffn_out, residual_branch, layer."
+    )
 
 
 @pytest.mark.parametrize("argument", ["kinds", "include", "exclude"])
@@ -148,9 +175,12 @@ def test_no_component_left(conv_net: nn.Module) -> None:
     with pytest.raises(ablate.SelectionError) as caught:
         ablate.ComponentIndex.from_model(conv_net, ["conv_filter"], include=["fc"])
     assert str(caught.value) == (
-        "ConvNet has no component of kind conv_filter in the modules asked for. Kinds: conv_filter, linear_neuron. "
+        "ConvNet has no component of kind conv_filter in the modules asked for. Kinds: conv_filter, linear_neuron, "
+        "linear_input, attention_head, qkv_neuron, ffn_in, ffn_hidden, ffn_out, residual_branch, layer. "
         "Give other kinds, or widen include/exclude."
     )
+    with pytest.raises(ablate.SelectionError, match=r"are made known with ablate\.register_attention, "):
+        ablate.ComponentIndex.from_model(conv_net, ["attention_head"])
 
 
 def test_a_computed_weight_is_refused_until_it_is_excluded() -> None:

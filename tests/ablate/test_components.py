@@ -36,9 +36,9 @@ def test_resnet50_has_26560_filters_of_which_22720_are_outside_the_shortcuts() -
     ablate.ComponentIndex.from_model(model, ["conv_filter"], exclude=["*.downsample.0"]).expect(22_720)
 
 
-def test_vit_b_16_has_its_published_neurons_except_those_of_in_proj() -> None:
+def test_vit_b_16_has_its_published_neurons_by_default() -> None:
     model = _on_meta("vit_b_16")
-    index = ablate.ComponentIndex.from_model(model).expect(12 * (768 + 3072 + 768))
+    index = ablate.ComponentIndex.from_model(model).expect(12 * (2304 + 768 + 3072 + 768))
     assert "heads.head" not in index.columns["module"]
 
 

@@ -61,6 +61,71 @@ class Attention(nn.Module):
         return logits
 
 
+class Transformer(nn.Module):
+    """A residual block of convolutions, then a transformer layer with its norms first: every kind of component."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 2, 2)
+        self.block = Residual(8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 6, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.layer(self.block(self.patch(x)).flatten(2).transpose(1, 2))
+        logits: Tensor = self.head(tokens.mean(dim=1))
+        return logits
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a convolution as shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+        return torch.relu(inner + self.shortcut(x))
+
+
+class Gated(nn.Module):
+    """Attention with separate keys and values, and a gated feed-forward network, each beside a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, 4)
+        self.attention = nn.MultiheadAttention(8, 4, kdim=3, vdim=3, batch_first=True)
+        self.mlp = GatedMLP(8, 5)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(2).transpose(1, 2)
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, pixels, pixels, need_weights=False)[0]
+        x = x + self.mlp(x)
+        logits: Tensor = self.head(x.mean(dim=1))
+        return logits
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.up = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return out
+
+
 def _grouped() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, groups=3),
@@ -74,20 +139,40 @@ def _grouped() -> nn.Module:
     )
 
 
-NETS: dict[str, Callable[[], nn.Module]] = {"shared": Shared, "attention": Attention, "grouped": _grouped}
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "shared": Shared,
+    "attention": Attention,
+    "grouped": _grouped,
+    "transformer": Transformer,
+    "gated": Gated,
+}
 
 
-@pytest.fixture(params=NETS)
-def model(request: pytest.FixtureRequest, randomise: Randomise) -> nn.Module:
-    return randomise(NETS[request.param](), 1).eval()
-
-
-@pytest.fixture(params=ablate.component_kinds())
-def index(request: pytest.FixtureRequest, model: nn.Module) -> ablate.ComponentIndex:
+def _has(net: str, kind: str) -> bool:
     try:
-        return ablate.ComponentIndex.from_model(model, [request.param])
+        return len(ablate.ComponentIndex.from_model(NETS[net](), [kind])) > 0
     except ablate.SelectionError:
-        pytest.skip(f"this net has no {request.param}")
+        return False
+
+
+PAIRS = [f"{net} {kind}" for net in NETS for kind in ablate.component_kinds() if _has(net, kind)]
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A net and a kind of component that it has."""
+    net, kind = str(request.param).split()
+    return net, kind
+
+
+@pytest.fixture
+def model(pair: tuple[str, str], randomise: Randomise) -> nn.Module:
+    return randomise(NETS[pair[0]](), 1).eval()
+
+
+@pytest.fixture
+def index(pair: tuple[str, str], model: nn.Module) -> ablate.ComponentIndex:
+    return ablate.ComponentIndex.from_model(model, [pair[1]])
 
 
 @pytest.fixture
@@ -102,15 +187,7 @@ def targets() -> Tensor:
 
 @pytest.mark.parametrize("kind", ablate.component_kinds())
 def test_some_net_has_the_kind(kind: str) -> None:
-    found = [any(_has(build(), kind)) for build in NETS.values()]
-    assert any(found), f"add a net with components of kind {kind!r} to NETS"
-
-
-def _has(model: nn.Module, kind: str) -> list[bool]:
-    try:
-        return [len(ablate.ComponentIndex.from_model(model, [kind])) > 0]
-    except ablate.SelectionError:
-        return []
+    assert any(_has(net, kind) for net in NETS), f"add a net with components of kind {kind!r} to NETS"
 
 
 def test_ids_count_from_zero_and_names_are_distinct(index: ablate.ComponentIndex) -> None:
@@ -185,3 +262,6 @@ def test_ablating_everything_leaves_nothing_of_the_weights(index: ablate.Compone
     with ablate.ablated(model, index.everything()):
         parameters = dict(model.named_parameters())
         assert not any(parameters[port.parameter].any() for port in index.ports if port.count)
+        modules = dict(model.named_modules())
+        biases = [modules[port.module].bias for port in index.ports if port.with_bias]
+        assert not any(bias.any() for bias in biases if isinstance(bias, Tensor))
