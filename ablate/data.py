@@ -19,15 +19,21 @@ from torch.utils.data import Dataset
 from ablate.errors import DataError
 from ablate.state import preserved_random_state
 
+Normalize = tuple[Sequence[float], Sequence[float]]
+TEXT_GROUP = "text"  # of examples with a target per token, unless groups are given
+
 
 class Examples:
     """Some examples of one data set, in a fixed order. Immutable.
 
     Args:
       inputs: A tensor or array (examples, ...), or a map-style `Dataset` whose items are (input, target).
-      targets: Class labels (examples,), integers. None for a `Dataset`: read from its items, once.
+      targets: Class labels (examples,), integers; or one target per token (examples, tokens), negative where there is
+        nothing to score. None for a `Dataset`: read from its items, once.
       ids: A distinct name per example; default: "0", "1", ...
-      groups: The group of each example, for reports and edits; default: the label.
+      groups: The group of each example, for reports and edits; default: the label, or "text" for targets per token.
+      normalize: For uint8 images (examples, channels, height, width): (mean, std) per channel, of pixels in [0, 1].
+        `prepared` applies it, on whatever device a batch is: a quarter of the memory of float32.
     """
 
     def __init__(
@@ -36,6 +42,8 @@ class Examples:
         targets: Tensor | npt.NDArray[Any] | Sequence[int] | None = None,
         ids: Sequence[object] | npt.NDArray[Any] | None = None,
         groups: Sequence[object] | npt.NDArray[Any] | None = None,
+        *,
+        normalize: Normalize | None = None,
     ) -> None:
         self._inputs: Tensor | Dataset[Any]
         self._inputs = _tensor(inputs, "Inputs") if isinstance(inputs, (Tensor, np.ndarray)) else inputs
@@ -47,16 +55,13 @@ class Examples:
             if isinstance(self._inputs, Tensor):
                 raise DataError("Labels are missing: give targets, one integer per example, beside the inputs.")
             with preserved_random_state():  # a data set may draw random numbers
-                targets = [_label(self._inputs, i) for i in range(_length(self._inputs))]
-        raw = _tensor(targets, "Targets")
-        if raw.ndim != 1 or raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool:
-            raise DataError(
-                f"Targets are {raw.dtype} of shape {tuple(raw.shape)}, expected integers of shape (examples,)."
-            )
-        self.targets: Tensor = raw.to(device="cpu", dtype=torch.int64)
+                targets = _labels(self._inputs)
+        self.targets: Tensor = _checked_targets(_tensor(targets, "Targets"), self._inputs)
         count = len(self.targets)
         self.ids: tuple[str, ...] = tuple(map(str, range(count) if ids is None else ids))
-        self.groups: tuple[str, ...] = tuple(map(str, self.targets.tolist() if groups is None else groups))
+        if groups is None:
+            groups = [TEXT_GROUP] * count if self.per_token else self.targets.tolist()
+        self.groups: tuple[str, ...] = tuple(map(str, groups))
         lengths = {"inputs": _length(self._inputs), "targets": count, "ids": len(self.ids), "groups": len(self.groups)}
         if len(set(lengths.values())) != 1 or count == 0:
             raise DataError(
@@ -67,6 +72,12 @@ class Examples:
             raise DataError(
                 f"Ids must be distinct: {count - len(set(self.ids))} of {count} repeat another, the first is {again!r}."
             )
+        self.normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+        self._statistics: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        if normalize is not None:
+            self.normalize = _checked_normalize(normalize)
+            if isinstance(self._inputs, Tensor):
+                self._check_pixels(self._inputs)
 
     @classmethod
     def of(cls, data: Any, targets: Any = None) -> Examples:
@@ -97,7 +108,40 @@ class Examples:
             raise DataError(
                 f"Inputs have different shapes, {sorted(shapes)}: give the data set a transform that resizes."
             )
-        return torch.stack(items)
+        stacked = torch.stack(items) if items else torch.zeros(0)
+        if self.normalize is not None and items:
+            self._check_pixels(stacked)
+        return stacked
+
+    def prepared(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns inputs as the model takes them, on the batch's own device.
+
+        With `normalize`: `(pixels / 255 - mean) / std`, rounded to `dtype` once. Otherwise floating inputs are cast to
+        `dtype`, and others (tokens) stay as they are.
+        """
+        if self.normalize is None:
+            return batch.to(dtype) if batch.is_floating_point() else batch
+        self._check_pixels(batch)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        key = batch.device, exact
+        if key not in self._statistics:
+            mean, std = (torch.tensor(v, dtype=exact, device=batch.device) for v in self.normalize)
+            self._statistics[key] = mean, std
+        mean, std = (value.view(-1, *[1] * (batch.ndim - 2)) for value in self._statistics[key])
+        return batch.to(exact).div_(255).sub_(mean).div_(std).to(dtype)
+
+    def model_inputs(self, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns the inputs start to stop - 1, prepared."""
+        return self.prepared(self.inputs(start, stop), dtype)
+
+    def _check_pixels(self, inputs: Tensor) -> None:
+        channels = len(self.normalize[0]) if self.normalize is not None else 0
+        if inputs.dtype != torch.uint8 or inputs.ndim < 2 or inputs.shape[1] != channels:
+            raise DataError(
+                f"Inputs are {inputs.dtype} of shape {tuple(inputs.shape)}, but normalize has {channels} channels: "
+                f"expected uint8 of shape (examples, {channels}, height, width). Leave normalize out for inputs that "
+                "are ready."
+            )
 
     def input(self, example: int) -> Tensor:
         """Returns one example's input."""
@@ -108,6 +152,11 @@ class Examples:
         """Size of one input in memory."""
         first = self.input(0)
         return first.numel() * first.element_size()
+
+    @property
+    def per_token(self) -> bool:
+        """Whether there is a target per token instead of one per example."""
+        return self.targets.ndim == 2
 
     @property
     def in_memory(self) -> bool:
@@ -124,26 +173,31 @@ class Examples:
         """Returns the examples at these positions, in this order, with their ids and groups."""
         order = [int(p) for p in positions]
         inputs = torch.stack([self.input(p) for p in order]) if order else torch.zeros(0)
-        return Examples(inputs, self.targets[order], [self.ids[p] for p in order], [self.groups[p] for p in order])
+        ids, groups = [self.ids[p] for p in order], [self.groups[p] for p in order]
+        return Examples(inputs, self.targets[order], ids, groups, normalize=self.normalize)
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """Returns `id`, `label` and `group` as stores keep them."""
+        """Returns `id`, `label` and `group` as stores keep them; the label is -1 where there is a target per token."""
         return {
             "id": np.array(self.ids, dtype=object),
-            "label": self.targets.numpy(),
+            "label": np.full(len(self), -1, dtype=np.int64) if self.per_token else self.targets.numpy(),
             "group": np.array(self.groups, dtype=object),
         }
 
     @cached_property
     def hash(self) -> str:
-        """The sha256 (hex) of all inputs, targets, ids and groups. Cost: one pass over the data, once."""
+        """The sha256 (hex) of all inputs, targets, ids, groups and `normalize`. Cost: one pass over the data, once."""
         hasher = hashlib.sha256()
         for _, inputs, _ in self.chunks(256):
             for value in inputs.detach().cpu().contiguous():
                 hasher.update(f"{value.dtype}:{tuple(value.shape)};".encode())
                 hasher.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        hasher.update(self.targets.numpy().tobytes())
+        if self.per_token:
+            hasher.update(f"targets:{tuple(self.targets.shape)};".encode())
+        hasher.update(self.targets.contiguous().numpy().tobytes())
         hasher.update("\0".join((*self.ids, *self.groups)).encode())
+        if self.normalize is not None:
+            hasher.update(f";normalize:{self.normalize}".encode())
         return hasher.hexdigest()
 
 
@@ -161,13 +215,54 @@ def _item(data: Dataset[Any], i: int) -> Sequence[Any]:
     return item
 
 
-def _label(data: Dataset[Any], i: int) -> int:
+def _labels(data: Dataset[Any]) -> Tensor | list[int]:
+    """Returns the targets in a data set's items: a class each, or a target per token each."""
+    labels = [_label(data, i) for i in range(_length(data))]
+    if not any(isinstance(label, Tensor) for label in labels):
+        return labels  # type: ignore[return-value]  # all are integers
+    shapes = sorted({tuple(label.shape) if isinstance(label, Tensor) else () for label in labels})
+    if len(shapes) > 1:
+        raise DataError(f"Targets have different shapes, {shapes}: pad them to one length with -100.")
+    return torch.stack([label for label in labels if isinstance(label, Tensor)])
+
+
+def _label(data: Dataset[Any], i: int) -> int | Tensor:
     item = _item(data, i)
     try:
+        if isinstance(item[1], (Tensor, np.ndarray)) and item[1].ndim == 1 and len(item[1]) > 1:
+            return _tensor(item[1], f"The target of item {i}")
         return operator.index(item[1])
     except (IndexError, TypeError, ValueError):
         got = repr(item[1]) if len(item) > 1 else "nothing"
         raise DataError(f"The label of item {i} is {got}, expected an integer: the class.") from None
+
+
+def _checked_targets(raw: Tensor, inputs: Tensor | Dataset[Any]) -> Tensor:
+    got = f"Targets are {raw.dtype} of shape {tuple(raw.shape)}, expected integers of shape (examples,)"
+    if raw.ndim not in (1, 2) or raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool:
+        raise DataError(f"{got}.")
+    if raw.ndim == 2:
+        if isinstance(inputs, Tensor) and tuple(inputs.shape[1:2]) != tuple(raw.shape[1:]):
+            raise DataError(
+                f"{got}, or one per token: (examples, tokens) beside inputs (examples, tokens). Inputs are "
+                f"{tuple(inputs.shape)}."
+            )
+        unscored = torch.nonzero((raw < 0).all(dim=1)).flatten()
+        if len(unscored):
+            raise DataError(
+                f"Example {int(unscored[0])} has no token to score: all its targets are negative. Leave it out."
+            )
+    return raw.to(device="cpu", dtype=torch.int64)
+
+
+def _checked_normalize(normalize: Normalize) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        mean, std = (tuple(float(value) for value in values) for values in normalize)
+    except (TypeError, ValueError):
+        raise DataError(f"normalize is {normalize!r}, expected (mean, std) with one number per channel each.") from None
+    if len(mean) != len(std) or not mean or not all(np.isfinite(mean)) or not all(0 < s < np.inf for s in std):
+        raise DataError(f"normalize has mean {mean} and std {std}, expected one number per channel each, std above 0.")
+    return mean, std
 
 
 def _tensor(values: Any, what: str) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ablate.data import Examples
 from ablate.errors import LoadError
+from ablate.loaders.checkpoints import load_weights as load_weights
 from ablate.state import preserved_random_state
 
 SPLITS = {"train": 997, "validation": 400, "test": 400}
@@ -208,24 +209,3 @@ def _train(examples: Examples, seed: int, epochs: int) -> ResidualCNN:
             schedule.step()
     optimizer.zero_grad()  # else a user's first backward would add to the last step's gradients
     return model.eval()
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Copies a checkpoint's tensors into `model`, in place; every name and shape must fit, both ways.
-
-    Raises:
-      LoadError: Lists what is missing, unexpected or of another shape; the model is then unchanged.
-    """
-    state = model.state_dict()
-    problems = [f"missing: {name}" for name in state if name not in weights]
-    problems += [f"unexpected: {name}" for name in weights if name not in state]
-    problems += [
-        f"{name}: shape {tuple(weights[name].shape)}, expected {tuple(state[name].shape)}"
-        for name in state
-        if name in weights and weights[name].shape != state[name].shape
-    ]
-    if problems:
-        shown = "\n".join(f"  {problem}" for problem in problems[:8])
-        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise LoadError(f"{where} does not fit a {type(model).__name__}:\n{shown}{more}")
-    model.load_state_dict(weights)

@@ -20,34 +20,38 @@ from pydantic import (
 )
 from torch import nn
 
+from ablate.ablation import Ablation, MeanAblation, ScaleAblation, ablation_names
 from ablate.components import ComponentIndex, component_kinds
 from ablate.data import Examples
-from ablate.engine import PRECISIONS, Engine
+from ablate.engine import MODES, PRECISIONS, Engine
 from ablate.errors import SpecError, nearest
-from ablate.loading import (
-    ArraysData,
-    DataSource,
-    DigitsData,
-    DigitsModel,
-    FactoryModel,
-    ImageFolderData,
-    ModelSource,
-    TimmModel,
-    TorchvisionModel,
-    load_data,
-    load_model,
-)
+from ablate.loading import check_tokens, load_data, load_model
+from ablate.machine import ATTENTION, Speed
 from ablate.outputs import Output, output_names
+from ablate.presets import preset_names
+from ablate.sources import DATA_SOURCES, MODEL_SOURCES, AnyData, AnyModel, DataSource, ModelSource
 
 
 class ComponentsSpec(BaseModel):
-    """Which components: the arguments of `ComponentIndex.from_model`."""
+    """Which components: the arguments of `ComponentIndex.from_model`, or of `from_preset`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    preset: str | None = None
     kinds: tuple[str, ...] | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+
+
+class SpeedSpec(BaseModel):
+    """How the model runs: the arguments of `Speed`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fold: bool | None = None
+    channels_last: bool | None = None
+    compile: bool | str | None = None
+    attention: str | None = None
 
 
 class _Settings(BaseModel):
@@ -59,7 +63,11 @@ class _Settings(BaseModel):
     ablate_fraction: float = Field(gt=0, lt=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     precision: str = "float32"
-    batch_size: int = Field(default=128, ge=1)
+    mode: str = "auto"
+    ablation_factor: float | None = Field(default=None, allow_inf_nan=False)
+    batch_size: int | None = Field(default=None, ge=1)
+    memory_budget: int | None = Field(default=None, ge=1)
+    speed: SpeedSpec = SpeedSpec()
     block_rows: int = Field(default=64, ge=1)
     device: str = "auto"
     store: str | None = None
@@ -92,12 +100,14 @@ class _FileSpec(_Settings):
     model: ModelSource
     data: DataSource
     output: str = "margin"
+    ablation: str = "zero"
 
 
 class _PythonSpec(_Settings):
     model: Annotated[ModelSource, _or(lambda value: isinstance(value, nn.Module))]
     data: Annotated[DataSource, _or(_is_data)]
     output: Annotated[str, _or(lambda value: isinstance(value, Output))] = "margin"
+    ablation: Annotated[str, _or(lambda value: isinstance(value, Ablation))] = "zero"
     index: ComponentIndex | None = None
 
 
@@ -111,9 +121,12 @@ class CampaignSpec:
       ablate_fraction: Share of components switched off in each.
       seed: Of the keep-vectors; row i depends on (seed, i) alone.
       output: A registered name or an instance of a subclass of `Output`.
-      components: `{"kinds": [...], "include": [...], "exclude": [...]}`.
+      components: `{"kinds": [...], "include": [...], "exclude": [...]}`, or `{"preset": "coar-resnet"}`.
       index: A ready ComponentIndex, instead of `components`.
-      precision, batch_size, device: As for `Engine`; device `auto` is CUDA where there is one, else the CPU.
+      ablation: `zero`, `mean` (over the campaign's own examples), `scale` (by `ablation_factor`), or an instance.
+      precision, mode, batch_size, memory_budget: As for `Engine`.
+      speed: `{"fold": ..., "channels_last": ..., "compile": ..., "attention": ...}`, as for `Speed`.
+      device: As for `Engine`; `auto` is CUDA where there is one, else the CPU.
       block_rows: Keep-vectors per block, the unit that is computed, stored and resumed.
       store: Where the campaign is stored.
 
@@ -168,11 +181,13 @@ class CampaignSpec:
         if self._loaded is None:
             model, data = self._values.model, self._values.data
             transform = None
-            if isinstance(model, (DigitsModel, TorchvisionModel, TimmModel, FactoryModel)):
+            if isinstance(model, AnyModel):
                 model, transform = load_model(model)
-            if isinstance(data, (DigitsData, ArraysData, ImageFolderData)):
+            if isinstance(data, AnyData):
                 data = load_data(data, transform)
-            self._loaded = model, Examples.of(data)
+            examples = Examples.of(data)
+            check_tokens(model, examples)
+            self._loaded = model, examples
         return self._loaded
 
     def make_index(self, model: nn.Module) -> ComponentIndex:
@@ -181,17 +196,38 @@ class CampaignSpec:
         if given is not None:
             return given  # type: ignore[no-any-return]
         chosen = self.settings.components
+        if chosen.preset is not None:
+            return ComponentIndex.from_preset(model, chosen.preset, include=chosen.include, exclude=chosen.exclude)
         return ComponentIndex.from_model(model, chosen.kinds, include=chosen.include, exclude=chosen.exclude)
 
-    def make_engine(self, model: nn.Module, index: ComponentIndex) -> Engine:
-        """Returns the engine the spec asks for; device `auto` is CUDA where there is one, else where the model is."""
+    def make_engine(self, model: nn.Module, index: ComponentIndex, examples: Examples | None = None) -> Engine:
+        """Returns the engine the spec asks for; device `auto` is CUDA where there is one, else where the model is.
+
+        `examples` are what mean ablation takes its means from.
+        """
         settings = self.settings
         device: str | None = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else None
         return Engine(
-            model, index, self.output, device=device, precision=settings.precision, batch_size=settings.batch_size
+            model,
+            index,
+            self.output,
+            device=device,
+            precision=settings.precision,
+            ablation=self._ablation(examples),
+            mode=settings.mode,
+            batch_size=settings.batch_size,
+            memory_budget=settings.memory_budget,
+            speed=Speed(**settings.speed.model_dump()),
         )
+
+    def _ablation(self, examples: Examples | None) -> str | Ablation:
+        if self._values.ablation == "mean":
+            return MeanAblation(self.load()[1] if examples is None else examples)
+        if self._values.ablation == "scale":
+            return ScaleAblation(self.settings.ablation_factor or 0.0)
+        return self._values.ablation  # type: ignore[no-any-return]
 
     @property
     def output(self) -> str | Output:
@@ -202,15 +238,18 @@ class CampaignSpec:
     def loadable(self) -> bool:
         """Whether model, data and output are named, so that the spec alone can run the campaign again."""
         named = isinstance(self._values.model, BaseModel) and isinstance(self._values.data, BaseModel)
-        return named and isinstance(self.output, str) and getattr(self._values, "index", None) is None
+        by_name = isinstance(self.output, str) and isinstance(self._values.ablation, str)
+        return named and by_name and getattr(self._values, "index", None) is None
 
     def describe(self) -> dict[str, Any]:
         """Returns the spec as JSON-able values; Python objects by their type."""
-        values = self.settings.model_dump(mode="json", exclude={"model", "data", "output", "index"})
+        values = self.settings.model_dump(mode="json", exclude={"model", "data", "output", "ablation", "index"})
         for name in ("model", "data"):
             value = getattr(self._values, name)
             values[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else _python_object(value)
+        ablation = self._values.ablation
         values["output"] = self.output.name if isinstance(self.output, Output) else self.output
+        values["ablation"] = ablation.describe() if isinstance(ablation, Ablation) else ablation
         return values
 
 
@@ -224,10 +263,28 @@ def _check_names(values: Mapping[str, Any]) -> Iterator[str]:
     kinds = chosen.get("kinds") if isinstance(chosen, Mapping) else None
     for kind in kinds if isinstance(kinds, (list, tuple)) else ():
         yield from _check_name("components.kinds", kind, component_kinds())
+    preset = chosen.get("preset") if isinstance(chosen, Mapping) else None
+    if preset is not None:
+        yield from _check_name("components.preset", preset, preset_names())
+        if kinds is not None:
+            yield "components.kinds: given beside preset, which has its own. Give one of the two."
     if "output" in values and not isinstance(values["output"], Output):
         yield from _check_name("output", values["output"], output_names())
     if "precision" in values:
         yield from _check_name("precision", values["precision"], tuple(PRECISIONS))
+    if "mode" in values:
+        yield from _check_name("mode", values["mode"], MODES)
+    ablation = values.get("ablation", "zero")
+    if not isinstance(ablation, Ablation):
+        yield from _check_name("ablation", ablation, ablation_names())
+    factor = values.get("ablation_factor")
+    if (ablation == "scale") != (factor is not None):
+        got = "missing" if factor is None else f"got {_short(factor)} beside ablation = {_short(ablation)}"
+        yield f"ablation_factor: {got}. Give it with ablation = 'scale', and only then."
+    speed = values.get("speed")
+    attention = speed.get("attention") if isinstance(speed, Mapping) else None
+    if attention is not None:
+        yield from _check_name("speed.attention", attention, tuple(ATTENTION))
 
 
 def _check_name(key: str, name: Any, known: tuple[str, ...]) -> Iterator[str]:
@@ -241,10 +298,9 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     """Returns one sentence per problem that pydantic found: where, what was expected, what was given."""
     problems = []
     for problem in error.errors():
-        tags = {"digits", "torchvision", "timm", "factory", "arrays", "imagefolder"}
-        path = [str(part) for i, part in enumerate(problem["loc"]) if i != 1 or part not in tags]
+        path = _path(problem["loc"])
         key = ".".join(path)
-        if problem["type"] == "string_type" and key in ("output", "precision"):
+        if problem["type"] == "string_type" and key in ("output", "precision", "components.preset"):
             continue  # _check_names says it better
         if problem["type"] == "extra_forbidden":
             close = nearest(path[-1], _field_names(schema, path[:-1]))
@@ -271,6 +327,13 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     return problems
 
 
+def _path(location: tuple[int | str, ...]) -> list[str]:
+    """Returns the keys that lead to a problem, without the source that pydantic puts between a table and its key."""
+    sources = {"model": MODEL_SOURCES, "data": DATA_SOURCES}.get(str(location[0]) if location else "", ())
+    tags = {source.tag() for source in sources}
+    return [str(part) for i, part in enumerate(location) if i != 1 or part not in tags]
+
+
 _OBJECTS = {"model": "an nn.Module or ", "data": "(inputs, targets), a Dataset, Examples or "}
 
 
@@ -282,8 +345,6 @@ def _short(value: Any) -> str:
 def _field_names(schema: type[BaseModel], path: list[str]) -> list[str]:
     if path == ["components"]:
         return list(ComponentsSpec.model_fields)
-    if path == ["model"]:
-        return [f for s in (DigitsModel, TorchvisionModel, TimmModel, FactoryModel) for f in s.model_fields]
-    if path == ["data"]:
-        return [f for s in (DigitsData, ArraysData, ImageFolderData) for f in s.model_fields]
+    if path in (["model"], ["data"]):
+        return [f for s in (MODEL_SOURCES if path == ["model"] else DATA_SOURCES) for f in s.model_fields]
     return list(schema.model_fields)

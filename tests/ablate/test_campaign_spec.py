@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import ablate
+from ablate.engine import PRECISIONS
 from ablate.loading import read_checkpoint
+
+MODELS = "digits, torchvision, timm, open_clip, transformers, factory"
+DATA = "digits, arrays, imagefolder, torchvision, datasets, wilds, text, factory"
+OUTPUTS = "margin, logit, log_probability, loss, token_margin"
 
 TOML = """
 rows = 6
@@ -91,11 +96,16 @@ def test_defaults() -> None:
         "ablate_fraction": 0.25,
         "seed": 0,
         "precision": "float32",
-        "batch_size": 128,
+        "ablation": "zero",
+        "ablation_factor": None,
+        "mode": "auto",
+        "batch_size": None,
+        "memory_budget": None,
+        "speed": {"fold": None, "channels_last": None, "compile": None, "attention": None},
         "block_rows": 64,
         "device": "auto",
         "store": None,
-        "components": {"kinds": None, "include": ["*"], "exclude": []},
+        "components": {"preset": None, "kinds": None, "include": ["*"], "exclude": []},
         "model": {"source": "digits", "seed": 0, "cache": None},
         "data": {"source": "digits", "seed": 0, "train_per_group": 0, "test_per_group": 0, "split": "test"},
         "output": "margin",
@@ -185,9 +195,9 @@ FIVE_MISTAKES = (
     "{where}: 5 problems\n"
     "  1. rows: got 0, but it should be greater than or equal to 1.\n"
     "  2. ablate_fraction: missing. Give it.\n"
-    "  3. model.source: got 'timmm', expected one of digits, torchvision, timm, factory. Did you mean 'timm'?\n"
+    f"  3. model.source: got 'timmm', expected one of {MODELS}. Did you mean 'timm'?\n"
     "  4. blockrows: unknown key. Did you mean 'block_rows'?\n"
-    "  5. output: got 'marginn', expected one of margin, logit, loss. Did you mean 'margin'?"
+    f"  5. output: got 'marginn', expected one of {OUTPUTS}. Did you mean 'margin'?"
 )
 
 
@@ -229,17 +239,20 @@ TEST: dict[str, Any] = {"source": "digits", "split": "test"}
         ),
         ({"rows": 2.5}, "rows: got 2.5, but it should be a valid integer, got a number with a fractional part."),
         ({"seed": -1}, "seed: got -1, but it should be greater than or equal to 0."),
-        ({"precision": "float16"}, "precision: got 'float16', expected one of float32, float64. Did you mean 'float"),
-        ({"precision": 32}, "precision: got 32, expected one of float32, float64."),
-        ({"output": 3}, "output: got 3, expected one of margin, logit, loss."),
+        (
+            {"precision": "float16"},
+            f"precision: got 'float16', expected one of {', '.join(PRECISIONS)}. Did you mean '",
+        ),
+        ({"precision": 32}, f"precision: got 32, expected one of {', '.join(PRECISIONS)}."),
+        ({"output": 3}, f"output: got 3, expected one of {OUTPUTS}."),
         (
             {"output": ablate.Margin},
-            "output: got <class 'ablate.outputs.Margin'>, expected one of margin, logit, loss.",
+            f"output: got <class 'ablate.outputs.Margin'>, expected one of {OUTPUTS}.",
         ),
         ({"device": "cudaa"}, "device: got 'cudaa', expected auto, cpu, cuda or cuda:0, cuda:1, ..."),
         (
             {"components": {"kinds": ["conv_filters"]}},
-            "components.kinds: got 'conv_filters', expected one of conv_filter, linear_neuron. "
+            f"components.kinds: got 'conv_filters', expected one of {', '.join(ablate.component_kinds())}. "
             "Did you mean 'conv_filter'?",
         ),
         ({"components": {"includes": []}}, "components.includes: unknown key. Did you mean 'include'?"),
@@ -257,7 +270,7 @@ TEST: dict[str, Any] = {"source": "digits", "split": "test"}
         ),
         (
             {"data": {"source": "imagefolders", "path": "x"}},
-            "data.source: got 'imagefolders', expected one of digits, arrays, imagefolder. Did you mean 'imagefolder'?",
+            f"data.source: got 'imagefolders', expected one of {DATA}. Did you mean 'imagefolder'?",
         ),
         ({"data": "x.npz"}, "data: got 'x.npz', expected (inputs, targets), a Dataset, Examples or a table with a"),
         ({"data": DIGITS}, "data: give either split, or train_per_group and test_per_group."),
@@ -319,8 +332,8 @@ def test_a_description_of_python_objects_cannot_be_loaded(inputs: Tensor, mlp: n
         ablate.CampaignSpec.from_dict(description, "x.zarr")
     assert str(caught.value) == (
         "x.zarr: 2 problems\n"
-        "  1. model.source: got 'python', expected one of digits, torchvision, timm, factory.\n"
-        "  2. data.source: got 'python', expected one of digits, arrays, imagefolder."
+        f"  1. model.source: got 'python', expected one of {MODELS}.\n"
+        f"  2. data.source: got 'python', expected one of {DATA}."
     )
 
 

@@ -59,6 +59,19 @@ def test_arrays_without_ids_and_groups(tmp_path: Path) -> None:
     assert (examples.ids, examples.groups) == (("0", "1"), ("1", "0"))
 
 
+def test_arrays_of_pixels(tmp_path: Path) -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
+    np.savez(tmp_path / "x.npz", inputs=pixels, targets=[0, 1], mean=[0.5] * 3, std=[0.25] * 3)
+    examples = _arrays(tmp_path / "x.npz")
+    assert examples.normalize == ((0.5,) * 3, (0.25,) * 3)
+    assert torch.equal(examples.model_inputs(), (torch.from_numpy(pixels).float() / 255 - 0.5) / 0.25)
+    np.savez(tmp_path / "x.npz", inputs=pixels, targets=[0, 1], mean=[0.5] * 3)
+    with pytest.raises(
+        ablate.LoadError, match=r"x\.npz has one of mean and std\. Give both, to normalise uint8 images"
+    ):
+        _arrays(tmp_path / "x.npz")
+
+
 def test_arrays_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ablate.LoadError) as caught:
         _arrays(tmp_path / "x.npz")
@@ -131,16 +144,18 @@ def test_an_image_folder_is_prepared_as_the_model_wants(folder: Path, transform:
     assert examples.targets.tolist() == [0, 0, 1, 1, 1]
     assert not examples.in_memory
     assert examples.inputs().shape == (5, 3, 160, 160)
+    assert examples.inputs().dtype == torch.uint8
     with Image.open(folder / "dog" / "2.png") as image:
-        assert torch.equal(examples.input(4), transform(image.convert("RGB")))
+        assert torch.equal(examples.model_inputs(4)[0], transform(image.convert("RGB")))
 
 
 def test_an_image_folder_needs_a_transform(folder: Path) -> None:
     with pytest.raises(ablate.LoadError) as caught:
         _folder(folder, None)
     assert str(caught.value) == (
-        "An image folder needs a model that knows how its images are prepared: torchvision or timm. For your own "
-        "model, prepare the images yourself and pass source = 'arrays'."
+        "An image folder needs a model that knows how its images are prepared: torchvision, timm, open_clip, or a "
+        "factory that returns (model, transform). For your own model, you may also prepare the images yourself and "
+        "pass source = 'arrays'."
     )
 
 

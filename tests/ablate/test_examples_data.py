@@ -179,7 +179,12 @@ NOT_TENSOR = "Give numbers; images need a transform."
         ),
         (
             (INPUTS, [[0], [1], [2], [0]]),
-            "Targets are torch.int64 of shape (4, 1), expected integers of shape (examples,).",
+            "Targets are torch.int64 of shape (4, 1), expected integers of shape (examples,), or one per token: "
+            "(examples, tokens) beside inputs (examples, tokens). Inputs are (4, 2, 3).",
+        ),
+        (
+            (torch.zeros(2, 3, dtype=torch.int64), [[1, 2, -100], [-100, -100, -1]]),
+            "Example 1 has no token to score: all its targets are negative. Leave it out.",
         ),
         ((INPUTS, list("abcd")), f"Targets cannot become a tensor: too many dimensions 'str'. {NOT_TENSOR}"),
         (

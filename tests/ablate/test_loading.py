@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 import ablate
 from ablate.digits import ResidualCNN, digits_model
-from ablate.loading import DigitsModel, FactoryModel, TimmModel, TorchvisionModel
+from ablate.loading import DigitsModel, FactoryData, FactoryModel, TimmModel, TorchvisionModel
 
 Untouched = Callable[..., AbstractContextManager[None]]
 
@@ -32,6 +33,32 @@ def broken():
     return 1 / 0
 
 CLASSES = ("low", "high")
+
+def grey(image):
+    return torch.ones(1, 2, 2) * image.size[0]
+
+def with_transform():
+    return net(), grey
+
+def with_size():
+    return net(), 224
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return torch.ones(4) * i, i % 2
+
+def pairs():
+    return torch.ones(2, 4), [0, 1], ["a", "b"]
+
+def prepared(transform):
+    images = transform and torch.stack([transform(Image()) for _ in range(2)])
+    return (torch.zeros(2, 3), [0, 1]) if transform is None else (images, [0, 1])
+
+class Image:
+    size = (7, 7)
 """
 
 
@@ -140,7 +167,7 @@ def test_a_package_that_is_not_installed(package: str, monkeypatch: pytest.Monke
         ablate.load_model(source)
     assert str(caught.value) == (
         f"This needs {package}, which is not installed (import of {package} halted; None in sys.modules). "
-        "Install it: pip install 'component-attribution[vision]'"
+        "Install it: pip install 'component-attribution'"
     )
 
 
@@ -152,10 +179,15 @@ def test_a_package_that_is_not_installed(package: str, monkeypatch: pytest.Monke
         (":net", "factory is ':net', expected 'module:function'."),
         (
             "my_netz:net",
-            "factory 'my_netz:net': module 'my_netz' cannot be imported: No module named 'my_netz'.",
+            "factory 'my_netz:net': module 'my_netz' cannot be imported: No module named 'my_netz'. Install it, or "
+            "name its folder in PYTHONPATH.",
         ),
         ("my_nets:number", "factory 'my_nets:number' returned a int, expected an nn.Module."),
         ("my_nets:CLASSES", "factory 'my_nets:CLASSES' is a tuple, expected a function without arguments."),
+        (
+            "my_nets:with_size",
+            "factory 'my_nets:with_size' returned a model and a int, expected the transform of its images.",
+        ),
         ("my_nets:nett", "No function in my_nets 'nett'. Did you mean 'net'?"),
     ],
 )
@@ -170,3 +202,47 @@ def test_an_error_inside_a_factory_says_which(factory: Callable[[str], FactoryMo
     with untouched(), pytest.raises(ZeroDivisionError, match="division by zero") as caught:
         ablate.load_model(source)
     assert caught.value.__notes__ == ["This happened in factory 'my_nets:broken', which is called without arguments."]
+
+
+def test_a_factory_may_know_how_images_are_prepared(factory: Callable[[str], FactoryModel]) -> None:
+    model, transform = ablate.load_model(factory("with_transform"))
+    assert isinstance(model, nn.Sequential)
+    assert transform is not None
+    assert transform is sys.modules["my_nets"].grey
+
+
+def _data(function: str, transform: Any = None) -> ablate.Examples:
+    return ablate.load_data(FactoryData(source="factory", factory=f"my_nets:{function}"), transform)
+
+
+@pytest.mark.usefixtures("factory")
+def test_a_factory_of_data() -> None:
+    items = _data("Items")
+    assert items.targets.tolist() == [0, 1, 0]
+    assert not items.in_memory
+    assert _data("pairs").ids == ("a", "b")
+    assert _data("prepared").inputs().shape == (2, 3)
+    assert _data("prepared", lambda image: torch.ones(image.size)).inputs().shape == (2, 7, 7)
+
+
+@pytest.mark.usefixtures("factory")
+def test_a_factory_of_data_that_cannot_be() -> None:
+    with pytest.raises(ablate.DataError) as caught:
+        _data("number")
+    assert str(caught.value) == (
+        "factory 'my_nets:number' returned a int that cannot be examples: Inputs are a int, expected a tensor, an "
+        "array or a map-style Dataset. Return a Dataset, (inputs, targets) or ablate.Examples."
+    )
+    with pytest.raises(ablate.UnknownNameError, match=r"^No function in my_nets 'pair'\. Did you mean 'pairs'\?"):
+        _data("pair")
+    with pytest.raises(ZeroDivisionError) as division:
+        _data("broken")
+    assert division.value.__notes__ == ["This happened in factory 'my_nets:broken', which is called without arguments."]
+
+
+def test_a_transformer_of_timm_at_another_image_size() -> None:
+    model, transform = ablate.load_model(TimmModel(source="timm", name="test_vit", classes=3, image_size=64))
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    assert transform is not None
+    with pytest.raises(ablate.LoadError, match=r"^timm model 'test_resnet' takes no image size \(.*Leave image_size"):
+        ablate.load_model(TimmModel(source="timm", name="test_resnet", classes=3, image_size=64))

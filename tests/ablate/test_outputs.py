@@ -40,6 +40,38 @@ def test_formulas_on_random_logits() -> None:
     shifted = logits - logits.max(axis=1, keepdims=True)
     loss = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(200), targets]
     np.testing.assert_allclose(ablate.CrossEntropyLoss()(*tensors).numpy(), loss, rtol=1e-10)
+    np.testing.assert_allclose(ablate.LogProbability()(*tensors).numpy(), -loss, rtol=1e-10)
+
+
+def test_a_token_margin_by_hand() -> None:
+    logits = torch.tensor([[[2.0, -1.0, 0.5], [1.0, 3.0, 0.0], [9.0, 9.0, 9.0]], [[0.0, 5.0, 1.0]] * 3])
+    targets = torch.tensor([[0, 2, -100], [-100, -1, 1]])
+    assert ablate.TokenMeanMargin()(logits, targets).tolist() == [(1.5 - 3.0) / 2, 4.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_token_margin_is_the_mean_of_margins(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 8, 11, generator=generator).round(decimals=1).to(dtype)  # rounded: there are ties
+    targets = torch.randint(-2, 11, (5, 8), generator=generator)
+    expected = []
+    for rows, own in zip(logits.double(), targets, strict=True):
+        expected.append(ablate.Margin()(rows[own >= 0], own[own >= 0]).mean())
+    found = ablate.TokenMeanMargin()(logits, targets)
+    assert found.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), torch.stack(expected), rtol=tolerance, atol=tolerance)
+
+
+def test_padding_has_no_gradient() -> None:
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    ablate.TokenMeanMargin()(logits, torch.tensor([[0, 1, -100], [2, -100, -100]])).sum().backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    assert (logits.grad != 0).any(dim=2).tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_only_token_outputs_are_per_token() -> None:
+    assert [name for name in output_names() if get_output(name).per_token] == ["token_margin"]
 
 
 def test_a_positive_margin_is_a_correct_prediction_and_a_tie_is_not() -> None:
@@ -56,7 +88,7 @@ def test_huge_logits_give_finite_losses() -> None:
 
 
 def test_registered_names() -> None:
-    assert output_names() == ("margin", "logit", "loss")
+    assert output_names() == ("margin", "logit", "log_probability", "loss", "token_margin")
     assert isinstance(get_output("loss"), ablate.CrossEntropyLoss)
     own = ablate.Margin()
     assert get_output(own) is own
