@@ -4,6 +4,10 @@ Conventions, stated once: `keep` is boolean, True = kept; outputs are (rows, exa
 example; an attribution's sign follows from that: positive means that keeping the component raises the output.
 """
 
+from ablate.ablation import Ablation as Ablation
+from ablate.ablation import MeanAblation as MeanAblation
+from ablate.ablation import ScaleAblation as ScaleAblation
+from ablate.ablation import ZeroAblation as ZeroAblation
 from ablate.campaign import run as run
 from ablate.components import Component as Component
 from ablate.components import ComponentIndex as ComponentIndex
@@ -13,11 +17,13 @@ from ablate.data import Examples as Examples
 from ablate.engine import Engine as Engine
 from ablate.errors import AblateError as AblateError
 from ablate.errors import DataError as DataError
+from ablate.errors import GatingError as GatingError
 from ablate.errors import KeepError as KeepError
 from ablate.errors import LabelError as LabelError
 from ablate.errors import LoadError as LoadError
 from ablate.errors import ModelMismatchError as ModelMismatchError
 from ablate.errors import NonFiniteOutputError as NonFiniteOutputError
+from ablate.errors import OutOfMemoryError as OutOfMemoryError
 from ablate.errors import SelectionError as SelectionError
 from ablate.errors import SpecError as SpecError
 from ablate.errors import UnknownNameError as UnknownNameError
@@ -25,12 +31,19 @@ from ablate.gating import ablated as ablated
 from ablate.keep import KeepPlan as KeepPlan
 from ablate.loading import load_data as load_data
 from ablate.loading import load_model as load_model
+from ablate.machine import Speed as Speed
 from ablate.outputs import CrossEntropyLoss as CrossEntropyLoss
 from ablate.outputs import Logit as Logit
+from ablate.outputs import LogProbability as LogProbability
 from ablate.outputs import Margin as Margin
 from ablate.outputs import Output as Output
+from ablate.outputs import TokenMeanMargin as TokenMeanMargin
+from ablate.presets import preset_names as preset_names
 from ablate.reference import reference_outputs as reference_outputs
+from ablate.residual import register_residual as register_residual
 from ablate.selection import Selection as Selection
 from ablate.spec import CampaignSpec as CampaignSpec
 from ablate.state import model_hash as model_hash
 from ablate.state import preserved_random_state as preserved_random_state
+from ablate.structure import register_attention as register_attention
+from ablate.structure import register_feed_forward as register_feed_forward

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -64,7 +65,7 @@ def run(
         index = spec.make_index(model)
         settings = spec.settings
         plan = KeepPlan(len(index), settings.rows, settings.ablate_fraction, settings.seed)
-        engine = spec.make_engine(model, index)
+        engine = spec.make_engine(model, index, examples)
         identity = campaign_identity(model_hash(model), examples, index, plan, engine, settings.block_rows)
         campaign = _open_or_create(place, spec, engine, identity, examples, plan, accept_versions)
         _compute_missing(campaign, engine, plan, examples, progress)
@@ -82,7 +83,7 @@ def campaign_identity(
         "index": index.hash,
         "plan": plan.describe(),
         "output": f"{engine.output.name} ({output.__module__}.{output.__qualname__})",
-        "ablation": "zero",
+        "ablation": engine.ablation.describe(),
         "precision": engine.precision,
         "block_rows": min(block_rows, plan.rows),
         "versions": {package: version(package) for package in PACKAGES},
@@ -98,22 +99,16 @@ def _open_or_create(
     plan: KeepPlan,
     accept_versions: bool,
 ) -> CampaignStore:
-    environment = {
-        "versions": identity["versions"],
-        "python": platform.python_version(),
-        "device": str(engine.device),
-        "threads": torch.get_num_threads(),
-        "batch_size": engine.batch_size,
-    }
     try:
         campaign = CampaignStore.open(place, mode="r+")
     except StoreNotFoundError:
+        engine.check(examples)  # a model that cannot be run leaves no store behind
         header = {
             "identity": dict(identity),
             "spec": spec.describe(),
             "loadable": spec.loadable,
             "index": engine.index.to_json(),
-            "environments": [environment],
+            "environments": [_environment(engine, identity)],
         }
         return CampaignStore.create(
             place,
@@ -135,8 +130,21 @@ def _open_or_create(
             )
         raise StoreMismatchError(f"Campaign {campaign.where}", found, advice)
     if campaign.missing_blocks():
-        campaign.add_environment(environment)
+        engine.check(examples)
+        campaign.add_environment(_environment(engine, identity))
     return campaign
+
+
+def _environment(engine: Engine, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what changes rounding only, and is recorded, not compared."""
+    return {
+        "versions": identity["versions"],
+        "python": platform.python_version(),
+        "device": str(engine.device),
+        "threads": torch.get_num_threads(),
+        "batch_size": engine.batch_size,
+        "speed": asdict(engine.speed),
+    }
 
 
 def _compute_missing(

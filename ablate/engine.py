@@ -1,8 +1,9 @@
-"""The engine: outputs of a model under many keep-vectors, exact, without a copy of the model per keep-vector.
+"""The engine: outputs of a model under many keep-vectors, and their gradients, exact and as fast as a plain forward.
 
-The engine owns one copy of the model (in eval mode, on its device, in its precision) and gates that copy's weights in
-place; the user's model is never touched. Rows are independent: a row's outputs depend on the keep-vector, the examples
-and the forward batch, not on which rows are computed with it.
+The engine owns one copy of the model and never touches the user's. Two ways of running it, equal to each other:
+weight gating changes the copy's weights, one keep-vector per forward, and then runs the plain forward; activation
+gating multiplies activations, every example under gates of its own, which is what gradients need. Rows are
+independent: a row's outputs depend on the keep-vector, the examples and the forward batch, not on its neighbours.
 """
 
 from __future__ import annotations
@@ -14,38 +15,67 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ablate.ablation import Ablation, MeanAblation, get_ablation
+from ablate.arguments import (
+    check_device,
+    check_logits,
+    check_targets,
+    checked_gates,
+    checked_keep,
+    finite_gradients,
+    finite_outputs,
+)
 from ablate.components import ComponentIndex
 from ablate.data import Examples
-from ablate.errors import DataError, KeepError, LabelError, NonFiniteOutputError, UnknownNameError
-from ablate.gating import WeightGates
+from ablate.errors import DataError, GatingError, OutOfMemoryError, UnknownNameError
+from ablate.explain import explain
+from ablate.machine import Machine, Speed
+from ablate.memory import MemoryPlan
 from ablate.outputs import Output, get_output
+from ablate.placing import Placed
+from ablate.running import Runner
 from ablate.state import preserved_random_state
 
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-HOST_BUDGET = 2 * 2**30  # bytes of a Dataset held in memory at a time
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+MODES = ("auto", "weight", "activation")
+BATCH_SIZE = 128
 
 
 class Engine:
     """Runs a model without some of its components.
 
     Args:
-      model: Any module that maps inputs (batch, ...) to logits (batch, classes). Copied once, never changed.
+      model: Any module that maps inputs (batch, ...) to logits. Copied once, never changed.
       index: The components that can be switched off.
-      output: A registered name (`margin`, `logit`, `loss`) or an instance of a subclass of `Output`.
+      output: A registered name (`margin`, `logit`, `loss`, ...) or an instance of a subclass of `Output`.
       device: Where to run; None: where the model is.
-      precision: `float32` or `float64`: weights and floating inputs are cast to it. No TF32 on CUDA.
-      batch_size: Examples per forward. Another value changes rounding only.
+      precision: `float32`, `float64` or `bfloat16`: weights and floating inputs are cast to it. No TF32 on CUDA. In
+        bfloat16 the layer that makes the logits stays in float32, as do the outputs.
+      ablation: What ablated components leave behind: "zero", `MeanAblation(reference)`, `ScaleAblation(factor)`.
+      mode: How `outputs` runs: "weight", "activation", or "auto": weight gating, but activation gating on CUDA where
+        there are so few examples that several keep-vectors fit into one forward.
+      batch_size: Examples per forward. Another value changes rounding only. None: 128 on the CPU; on CUDA the smallest
+        of 64 to 1,024 at which an example costs hardly more than at the best, by timing.
       data_budget: Bytes of inputs held on the device at a time; what exceeds it is streamed in chunks, each run
-        under all rows before the next. None: half of a CUDA device's free memory; on the CPU, 2 GiB of a `Dataset`
-        (a tensor is used where it is).
+        under all rows before the next. None: half of a CUDA device's free memory; on the CPU, 2 GiB of inputs that
+        have to be read or converted (a tensor that needs neither is used where it is).
+      memory_budget: Bytes of device memory that a call may take: batches are made as small as it needs (see `plan`).
+      speed: Folding, layout, compilation: see `Speed`.
+      example_inputs: At least one input (examples, ...), or Examples, to check the model with at construction;
+        None: the first call checks it with its own.
+      self_check: Compare literal zeroing, weight gating and activation gating on two examples, and refuse a model
+        on which they differ.
 
     Raises:
       ModelMismatchError: The index does not describe the model.
-      UnknownNameError: Unknown output or precision.
-      DataError: The model cannot be copied, or is spread over several devices and `device` is not given.
+      UnknownNameError: Unknown output, precision, mode or ablation.
+      DataError: The model cannot be copied, or fails on the inputs, or is spread over several devices and `device`
+        is not given.
+      GatingError: The model is random in eval mode, mixes the examples of a batch, or fails the self-check.
     """
 
     def __init__(
@@ -56,149 +86,262 @@ class Engine:
         *,
         device: str | torch.device | None = None,
         precision: str = "float32",
-        batch_size: int = 128,
+        ablation: str | Ablation = "zero",
+        mode: str = "auto",
+        batch_size: int | None = None,
         data_budget: int | None = None,
+        memory_budget: int | None = None,
+        speed: Speed | None = None,
+        example_inputs: Tensor | Examples | None = None,
+        self_check: bool = True,
     ) -> None:
         if precision not in PRECISIONS:
             raise UnknownNameError("precision", precision, PRECISIONS)
-        if batch_size < 1:
+        if mode not in MODES:
+            raise UnknownNameError("mode", mode, MODES)
+        if batch_size is not None and batch_size < 1:
             raise DataError(f"batch_size is {batch_size}, expected at least 1.")
         index.check(model)
         self.index = index
         self.output = get_output(output)
         self.device = _device_of(model) if device is None else torch.device(device)
         self.precision = precision
-        self.batch_size = batch_size
-        self._dtype = PRECISIONS[precision]
+        self.ablation = get_ablation(ablation)
+        self.mode = mode
+        self.batch_size = BATCH_SIZE if batch_size is None else batch_size
+        self.speed = speed or Speed()
+        self._batch_size = batch_size
         self._data_budget = data_budget
-        self._model = _copy_of(model).eval().requires_grad_(False).to(self.device, self._dtype)
-        self._gates = WeightGates(self._model, index)
-        self._resident: tuple[Examples, Tensor, Tensor] | None = None
+        self._memory_budget = memory_budget
+        self._self_check = self_check
+        self._name = type(model).__name__
+        self._model = _copy_of(model).eval().requires_grad_(False)
+        self._runner: Runner | None = None
+        self._placed: Placed | None = None
+        if example_inputs is not None:
+            given = example_inputs if isinstance(example_inputs, Examples) else _unlabelled(example_inputs)
+            with self._running():
+                self._ready(given)
 
     def __repr__(self) -> str:
         return (
-            f"<Engine: {type(self._model).__name__}, {len(self.index):,} components, {self.output.name}, "
+            f"<Engine: {self._name}, {len(self.index):,} components, {self.output.name}, "
             f"{self.precision} on {self.device}, {self.batch_size} examples per forward>"
         )
 
     def outputs(
-        self,
-        keep: npt.NDArray[np.bool_] | Tensor | Sequence[Sequence[bool]],
-        inputs: Any,
-        targets: Any = None,
+        self, keep: npt.NDArray[np.bool_] | Tensor | Sequence[Sequence[bool]], inputs: Any, targets: Any = None
     ) -> Tensor:
         """Returns the output of every example under every keep-vector. Mutates nothing.
 
         Args:
           keep: (rows, components) bool, True = kept.
           inputs: A tensor (examples, ...), a `Dataset` of (input, target), or `Examples` (then no targets).
-          targets: Labels (examples,), integers.
+          targets: Labels (examples,), integers; for language models (examples, tokens).
 
         Returns:
-          (rows, examples) in the engine's precision, on the CPU.
+          (rows, examples) on the CPU, float32, or float64 in that precision.
 
-        Cost: rows x examples forwards, and one pass over the gated weights per row and chunk.
+        Cost: rows x examples forwards; with weight gating one pass over the changed weights per row and chunk.
 
         Raises:
           KeepError: `keep` has another dtype or shape.
           LabelError: A target is none of the model's classes.
           NonFiniteOutputError: An output is NaN or infinite; names row and example.
+          OutOfMemoryError: The device's memory did not suffice; says what to lower.
         """
+        rows = checked_keep(keep, len(self.index)).to(self.device)
+        return self._rows(rows, self._examples(inputs, targets))
+
+    def gated_outputs(self, gates: npt.NDArray[Any] | Tensor, inputs: Any, targets: Any = None) -> Tensor:
+        """Returns the output of every example under every vector of gates, of any real values. Mutates nothing.
+
+        Args:
+          gates: (rows, components) floating: 1 = kept, 0 = ablated, between = attenuated.
+          inputs, targets: As for `outputs`.
+
+        Returns:
+          (rows, examples), as `outputs`; errors and cost as there.
+        """
+        rows = checked_gates(gates, len(self.index))
+        return self._rows(rows, self._examples(inputs, targets))
+
+    def example_outputs(self, gates: npt.NDArray[Any] | Tensor, inputs: Any, targets: Any = None) -> Tensor:
+        """Returns the output of each example under gates of its own, (examples,). Mutates nothing.
+
+        Args:
+          gates: (examples, components) floating.
+          inputs, targets: As for `outputs`.
+
+        Cost: one forward per example. Errors: as `gate_gradients`.
+        """
+        examples = self._examples(inputs, targets)
+        return self._per_example(checked_gates(gates, len(self.index), len(examples)), examples, gradients=False)[0]
+
+    def gate_gradients(
+        self, gates: npt.NDArray[Any] | Tensor, inputs: Any, targets: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns each example's output under its own gates, and its gradient with respect to them. Mutates nothing.
+
+        Args:
+          gates: (examples, components) floating; ones give the gradient at the unablated model.
+          inputs, targets: As for `outputs`.
+
+        Returns:
+          (examples,) and (examples, components), on the CPU, float32, or float64 in that precision.
+
+        Cost: one forward and one backward per example, without gradients of parameters.
+
+        Raises:
+          KeepError: `gates` has another dtype or shape.
+          GatingError: A module cannot be gated per example; names it.
+          NonFiniteOutputError: An output or a gradient is NaN or infinite.
+          OutOfMemoryError: The device's memory did not suffice; says what to lower.
+        """
+        examples = self._examples(inputs, targets)
+        return self._per_example(checked_gates(gates, len(self.index), len(examples)), examples, gradients=True)
+
+    def check(self, inputs: Any, targets: Any = None) -> None:
+        """Checks the model with the first two of these examples, once; mutates nothing. The first call does so, too.
+
+        Raises:
+          DataError: The model fails on them, or targets are not what the output needs.
+          GatingError: The model is random in eval mode, mixes the examples of a batch, or fails the self-check.
+        """
+        examples = self._examples(inputs, targets)
+        with self._running():
+            self._ready(examples)
+
+    def explain(self) -> pd.DataFrame:
+        """Returns how each module is gated and why, one row per port; run something first, or give example_inputs."""
+        if self._machine is None:
+            raise GatingError("Nothing is known yet: give the engine example_inputs=, or call outputs() first.")
+        return explain(self._machine)
+
+    def plan(self, inputs: Any, targets: Any = None) -> MemoryPlan:
+        """Returns how much device memory calls on these examples take, measured on a few of them. Mutates nothing.
+
+        Peaks are those of calls, not of making the engine, which for a moment holds the model in float64 beside them.
+        """
+        examples = self._examples(inputs, targets)
+        with self._running():
+            runner = self._ready(examples)
+            return runner.plan(*self._few(examples, runner))
+
+    def _examples(self, inputs: Any, targets: Any) -> Examples:
         examples = Examples.of(inputs, targets)
-        rows = self._checked_keep(keep)
-        result = torch.empty((len(rows), len(examples)), dtype=self._dtype, device=self.device)
+        check_targets(examples, self.output)
+        return examples
+
+    def _rows(self, rows: Tensor, examples: Examples) -> Tensor:
+        """Returns the outputs of rows (rows, components), bool or real, on all examples."""
+        with self._running():
+            runner = self._ready(examples)
+            result = torch.empty((len(rows), len(examples)), dtype=runner.dtype, device=self.device)
+            stackable = self.device.type == "cuda" and 2 * len(examples) <= runner.batch_size
+            by_gates = self.mode == "auto" and stackable and not runner.machine.activation.problems
+            run = runner.rows_by_gates if by_gates or self.mode == "activation" else runner.rows_by_weights
+            try:
+                for first, placed in self._chunks(examples, runner.batch_size):
+                    run(rows, placed, result[:, first : first + len(placed)], first, len(examples))
+            finally:
+                runner.machine.weights.restore()
+        return finite_outputs(result.cpu(), examples)
+
+    def _per_example(self, gates: Tensor, examples: Examples, gradients: bool) -> tuple[Tensor, Tensor]:
+        """Returns outputs (examples,) and, if asked, gradients (examples, components), else an empty tensor."""
+        with self._running():
+            runner = self._ready(examples)
+            result = torch.empty(len(examples), dtype=runner.dtype)
+            slopes = torch.empty((len(examples) if gradients else 0, len(self.index)), dtype=runner.dtype)
+            size = runner.gradient_batch_size if gradients else runner.batch_size
+            for first, placed in self._chunks(examples, size):
+                span = slice(first, first + len(placed))
+                runner.per_example(gates[span], placed, result[span], slopes[span] if gradients else None, first)
+        finite_outputs(result[None], examples)
+        return result, finite_gradients(slopes, examples)
+
+    def _ready(self, examples: Examples) -> Runner:
+        """Returns what runs the model; made, and the model checked, with the first examples that come."""
+        if self._runner is not None:
+            self._runner.checked.clear()
+            return self._runner
+        machine = Machine(
+            self._model,
+            self.index,
+            self._two(examples),
+            device=self.device,
+            dtype=PRECISIONS[self.precision],
+            ablation=self.ablation,
+            speed=self.speed,
+            check=lambda logits: check_logits(logits, 2, self.output),
+            reference=self._reference if isinstance(self.ablation, MeanAblation) else None,
+            self_check=self._self_check,
+        )
+        measured = self._batch_size is None and self.device.type == "cuda"
+        runner = Runner(machine, self.output, self.ablation.closed, self.batch_size, self.batch_size)
+        runner.fit(self._memory_budget, *self._few(examples, runner), measured)
+        self.batch_size = runner.batch_size
+        self._runner = runner
+        self._model = nn.Identity()  # the machine has all that is needed
+        return runner
+
+    def _two(self, examples: Examples) -> Tensor:
+        """Returns two different inputs, prepared in float64; of a single example, itself and its mirror image."""
+        raw = examples.inputs(0, min(2, len(examples)))
+        check_device(raw, self.device)
+        inputs = examples.prepared(raw, torch.float64)
+        return inputs if len(inputs) == 2 else torch.cat([inputs, inputs.flip(-1)])
+
+    def _few(self, examples: Examples, runner: Runner) -> tuple[Tensor, Tensor]:
+        """Returns up to four examples as the machine takes them."""
+        few = examples.inputs(0, min(4, len(examples)))
+        placed = Placed(
+            examples,
+            examples.prepared(few.to(self.device), runner.machine.dtype),
+            examples.targets[: len(few)].to(self.device),
+            runner.machine.dtype,
+            runner.machine.layout,
+        )
+        _, inputs, targets = next(placed.batches(4))
+        return inputs, targets
+
+    def _reference(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        if isinstance(self.ablation, MeanAblation):
+            reference = self.ablation.reference
+            for _, inputs, _ in reference.chunks(self.batch_size):
+                yield reference.prepared(inputs.to(self.device), dtype)
+
+    @property
+    def _machine(self) -> Machine | None:
+        return None if self._runner is None else self._runner.machine
+
+    def _chunks(self, examples: Examples, batch_size: int | None = None) -> Iterator[tuple[int, Placed]]:
+        """Yields (first example, inputs and targets on the device); the whole data set at once where it fits."""
+        if self._placed is not None and self._placed.examples is examples:
+            yield 0, self._placed
+            return
+        machine = self._ready(examples).machine
+        for first, placed in Placed.chunks(
+            examples, self.device, machine.dtype, machine.layout, batch_size or self.batch_size, self._data_budget
+        ):
+            if len(placed) == len(examples):
+                self._placed = placed
+            yield first, placed
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Everything a call needs around it."""
         try:
             with preserved_random_state(), torch.no_grad(), self._exact_arithmetic():
-                for first, chunk, labels in self._chunks(examples):
-                    for r, keep_row in enumerate(rows):
-                        self._gates.set(keep_row)
-                        part = result[r, first : first + len(chunk)]
-                        self._run(chunk, labels, part, check_from=first if r == 0 else None)
-        finally:
-            self._gates.restore()
-        outputs = result.cpu()
-        finite = torch.isfinite(outputs)
-        if not bool(finite.all()):
-            row, example = (int(i) for i in torch.nonzero(~finite)[0])
-            raise NonFiniteOutputError(row, example, float(outputs[row, example]), examples.ids[example])
-        return outputs
-
-    def _run(self, inputs: Tensor, targets: Tensor, result: Tensor, check_from: int | None) -> None:
-        """Fills `result` (examples,) with one keep-vector's outputs, batch by batch."""
-        for start in range(0, len(inputs), self.batch_size):
-            stop = min(len(inputs), start + self.batch_size)
-            logits = self._model(inputs[start:stop].contiguous())  # equal data, equal bits, however it is laid out
-            if check_from is not None:  # with the first keep-vector only: looking at labels waits for the device
-                self._check(logits, targets[start:stop], check_from + start)
-            values = self.output(logits, targets[start:stop])
-            if tuple(values.shape) != (stop - start,):  # a scalar would be broadcast without a word
-                raise DataError(
-                    f"Output {self.output.name!r} returned shape {tuple(values.shape)} for {stop - start} examples, "
-                    f"expected ({stop - start},): one number per example."
-                )
-            result[start:stop] = values
-
-    def _checked_keep(self, keep: Any) -> Tensor:
-        array = keep if isinstance(keep, Tensor) else np.asarray(keep)
-        dtype = str(array.dtype).removeprefix("torch.")
-        if dtype != "bool":
-            raise KeepError(
-                f"keep has dtype {dtype}, expected bool (True = kept). Convert it yourself, e.g. keep > 0.5, so that "
-                "its meaning is yours."
-            )
-        if array.ndim != 2 or array.shape[1] != len(self.index):
-            advice = " For one keep-vector pass keep[None]." if array.ndim == 1 else ""
-            raise KeepError(
-                f"keep has shape {tuple(array.shape)}, expected (rows, {len(self.index)}): one column per component "
-                f"of this index.{advice}"
-            )
-        rows = array if isinstance(array, Tensor) else torch.from_numpy(array.copy())  # torch takes no reversed views
-        return rows.to(self.device)
-
-    def _chunks(self, examples: Examples) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yields (first example, inputs, targets) on the device; the whole data set at once where it fits."""
-        if self._resident is not None and self._resident[0] is examples:
-            yield 0, self._resident[1], self._resident[2]
-            return
-        size = self._chunk_size(examples)
-        for first, inputs, targets in examples.chunks(size):
-            placed = self._place(inputs), targets.to(self.device)
-            if size >= len(examples):
-                self._resident = (examples, *placed)
-            yield first, *placed
-
-    def _chunk_size(self, examples: Examples) -> int:
-        """Returns how many examples fit into the data budget: a multiple of the batch, so that batches never change."""
-        budget = self._data_budget
-        if budget is None and self.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.device)[0] // 2
-        elif budget is None and examples.in_memory:
-            return len(examples)
-        elif budget is None:
-            budget = HOST_BUDGET
-        fitting = budget // max(1, examples.bytes_per_example)
-        return len(examples) if fitting >= len(examples) else max(1, fitting // self.batch_size) * self.batch_size
-
-    def _place(self, inputs: Tensor) -> Tensor:
-        dtype = self._dtype if inputs.is_floating_point() else inputs.dtype
-        return inputs.detach().to(device=self.device, dtype=dtype)
-
-    def _check(self, logits: Any, targets: Tensor, first: int) -> None:
-        """Raises unless the logits of a batch and the labels from example `first` on fit together."""
-        batch = len(targets)
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
-            raise DataError(
-                f"The model returned {shape} for {batch} examples, expected logits of shape ({batch}, classes) with "
-                "at least 2 classes. Wrap the model so that it returns its logits."
-            )
-        outside = torch.nonzero((targets < 0) | (targets >= logits.shape[1])).flatten()
-        if len(outside):
-            label = int(targets[outside[0]])
-            raise LabelError(
-                f"The label of example {first + int(outside[0])} is {label}, expected a class from 0 to "
-                f"{logits.shape[1] - 1}: the model has {logits.shape[1]} classes. Map the labels to them."
-            )
+                yield
+        except torch.OutOfMemoryError as error:
+            lower = f"batch_size (now {self.batch_size}, try {max(1, self.batch_size // 2)})"
+            precision = ", or use precision='bfloat16'" if self.precision != "bfloat16" else ""
+            raise OutOfMemoryError(
+                f"The memory of {self.device} did not suffice for {self.batch_size} examples per forward. Lower "
+                f"{lower} or data_budget{precision}. Nothing of this call was kept; earlier results stay."
+            ) from error
 
     def _exact_arithmetic(self) -> Any:
         """Returns a context without TF32 where that exists: float32 means float32."""
@@ -216,7 +359,16 @@ def _no_tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
 
 
+def _unlabelled(inputs: Tensor) -> Examples:
+    return Examples(inputs, torch.zeros(len(inputs), dtype=torch.int64))
+
+
 def _copy_of(model: nn.Module) -> nn.Module:
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        how = (
+            "compiled: pass the module it was made of (model._orig_mod)" if hasattr(model, "_orig_mod") else "scripted"
+        )
+        raise GatingError(f"This {type(model).__name__} is {how}. The engine gates first and compiles after.")
     try:
         return copy.deepcopy(model)
     except Exception as error:  # whatever the model's own attributes raise

@@ -30,6 +30,10 @@ class ModelMismatchError(AblateError, ValueError):
     """A model that is not the one an index or edit was made for."""
 
 
+class GatingError(AblateError, ValueError):
+    """A model that cannot be run or gated as asked; the message names the module."""
+
+
 class KeepError(AblateError, ValueError):
     """A keep array of the wrong type, dtype or shape."""
 
@@ -42,6 +46,10 @@ class LabelError(DataError):
     """Labels outside the model's classes."""
 
 
+class OutOfMemoryError(AblateError, MemoryError):
+    """The device's memory did not suffice; the message says what to lower."""
+
+
 class LoadError(AblateError):
     """A model or data set that cannot be loaded."""
 
@@ -49,11 +57,14 @@ class LoadError(AblateError):
 class NonFiniteOutputError(AblateError, ArithmeticError):
     """A NaN or infinite output; `row` and `example` say where."""
 
-    def __init__(self, row: int, example: int, value: float, example_id: str | None = None) -> None:
+    def __init__(
+        self, row: int, example: int, value: float, example_id: str | None = None, component: int | None = None
+    ) -> None:
         self.row, self.example, self.value = row, example, value
         name = f" (id {example_id!r})" if example_id is not None else ""
+        what = f"Output of keep row {row}" if component is None else f"The gradient of component {component}"
         super().__init__(
-            f"Output of keep row {row} on example {example}{name} is {value}, expected a finite number. Nothing of "
+            f"{what} on example {example}{name} is {value}, expected a finite number. Nothing of "
             "this block was stored. Check that input and the model for overflow, or ablate a smaller fraction."
         )
 

@@ -1,15 +1,13 @@
-"""The only module that changes a live model: literal ablation with exact restore, and weight gates for the engine."""
+"""The only module that changes a user's live model: literal ablation of a selection, with exact restore."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ablate.components import ComponentIndex, Port
 from ablate.selection import Selection
 
 
@@ -57,7 +55,7 @@ def attenuate(model: nn.Module, selection: Selection, factor: float) -> list[tup
     parameters = dict(model.named_parameters())
     try:
         with torch.no_grad():
-            for name, axis, units in _positions(selection):
+            for name, axis, units in _positions(selection, parameters):
                 parameter = parameters[name]
                 positions = torch.tensor(units, device=parameter.device)
                 original = parameter.index_select(axis, positions)
@@ -77,7 +75,7 @@ def _put_back(parameters: dict[str, nn.Parameter], saved: list[tuple[str, int, T
             parameters[name].index_copy_(axis, positions, original)
 
 
-def _positions(selection: Selection) -> list[tuple[str, int, list[int]]]:
+def _positions(selection: Selection, parameters: Mapping[str, Tensor]) -> list[tuple[str, int, list[int]]]:
     """Returns per touched parameter the positions along its axis that the selection covers."""
     found = []
     first = 0
@@ -91,47 +89,8 @@ def _positions(selection: Selection) -> list[tuple[str, int, list[int]]]:
             member = next(members)
         if units:
             found.append((port.parameter, port.axis, units))
+            bias = f"{port.module}.bias" if port.module else "bias"
+            if port.with_bias and bias in parameters:
+                found.append((bias, 0, units))
         first += port.count
     return found
-
-
-@dataclass(frozen=True)
-class _GatedWeight:
-    weight: Tensor  # the live parameter
-    master: Tensor  # its original value
-    first: int  # id of the port's first component
-    port: Port
-
-    def set(self, keep: Tensor) -> None:
-        """Writes master where kept and zero where not; `keep` (components,) bool on the weight's device."""
-        mine = keep[self.first : self.first + self.port.count]
-        if self.port.width > 1:
-            mine = mine.repeat_interleave(self.port.width)
-        shape = [1] * self.master.ndim
-        shape[self.port.axis] = -1
-        # where, not a product: a weight that is inf or nan must still become zero
-        torch.where(mine.view(shape), self.master, self.master.new_zeros(()), out=self.weight)
-
-
-class WeightGates:
-    """Weight gating of a model that the engine owns: one keep-vector at a time, no copy of the model per row."""
-
-    def __init__(self, model: nn.Module, index: ComponentIndex) -> None:
-        index.check(model)
-        parameters = dict(model.named_parameters())
-        self._weights = []
-        first = 0
-        for port in index.ports:
-            weight = parameters[port.parameter].detach()
-            self._weights.append(_GatedWeight(weight, weight.clone(), first, port))
-            first += port.count
-
-    def set(self, keep: Tensor) -> None:
-        """Makes the model run with this keep-vector, (components,) bool on the model's device."""
-        for gated in self._weights:
-            gated.set(keep)
-
-    def restore(self) -> None:
-        """Gives every gated weight its original value, bit for bit."""
-        for gated in self._weights:
-            gated.weight.copy_(gated.master)

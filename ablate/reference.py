@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate.components import ComponentIndex
+from ablate.gating import attenuate
 from ablate.outputs import Output, get_output
 from ablate.state import preserved_random_state
 
@@ -26,11 +27,36 @@ def reference_outputs(
     measure = get_output(output)
     rows = []
     for keep_row in keep:
-        ablated = copy.deepcopy(model).eval()
+        # frozen, as the engine's copy: torch multiplies by weights that require gradients in another way
+        ablated = copy.deepcopy(model).eval().requires_grad_(False)
         parameters = dict(ablated.named_parameters())
         with preserved_random_state(), torch.no_grad():
             for i in np.flatnonzero(~keep_row):
                 c = index[int(i)]
                 parameters[c.parameter].narrow(c.axis, c.start, c.stop - c.start).zero_()
+                if c.kind == "residual_branch":  # the end of a branch: its bias goes, too
+                    parameters.get(f"{c.module}.bias", torch.zeros(c.stop)).narrow(0, c.start, c.stop - c.start).zero_()
             rows.append(measure(ablated(inputs), targets))
+    return torch.stack(rows)
+
+
+def literal_logits(
+    model: nn.Module, index: ComponentIndex, keep: Tensor, inputs: Tensor, dtype: torch.dtype, closed: float = 0.0
+) -> Tensor:
+    """Returns the logits of example i under keep-vector i: a fresh copy of the model, weights changed, then run.
+
+    Args:
+      model: Copied per keep-vector, in `dtype` on the device of the inputs; not changed and never run.
+      index: Its components.
+      keep: (examples, components) bool.
+      inputs: (examples, ...).
+      dtype: Of the copies.
+      closed: The factor for the weights of components that are not kept.
+    """
+    rows = []
+    for example, row in enumerate(keep):
+        ablated = copy.deepcopy(model).to(inputs.device, dtype)
+        attenuate(ablated, index.select(torch.nonzero(~row).flatten().tolist()), closed)
+        with torch.no_grad():
+            rows.append(ablated(inputs)[example])
     return torch.stack(rows)

@@ -32,6 +32,8 @@ class Trapped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(x)
+        if x.dtype == torch.float64:  # the engine looks the model over before it starts: not counted
+            return logits
         trap = self.traps.get(Trapped.forwards)
         Trapped.forwards += 1
         if isinstance(trap, BaseException):

@@ -1,0 +1,251 @@
+"""The engine's own copy of a model, made ready: probed, folded, gated, checked against literal zeroing, cast."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ablate.ablation import Ablation, MeanAblation, Means, mean_activations
+from ablate.activation import ActivationGates
+from ablate.compiling import compile_model
+from ablate.components import ComponentIndex
+from ablate.errors import DataError, GatingError
+from ablate.folding import add_missing_biases, fold_batch_norms, to_precision
+from ablate.probe import ProbeReport, probe
+from ablate.reference import literal_logits
+from ablate.weights import WeightGates
+
+ATTENTION = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+CHECKS = 2  # forwards of each kind in which a compiled model is compared with itself uncompiled
+COMPILED_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How the engine's copy of the model runs; None: the default for the device, which was measured.
+
+    Attributes:
+      fold: Fold batch norm into the convolution before it. Default: yes; False makes weight gating at float32 equal
+        to literal zeroing bit for bit.
+      channels_last: Memory layout of images and convolutions. Default: yes for models with 2-D convolutions.
+      compile: `torch.compile`, of the repeated block where there is one: True, False or a mode ("max-autotune",
+        "reduce-overhead" for CUDA graphs). Default: on CUDA; on the CPU it takes up to a minute and pays for
+        `gate_gradients` and activation gating in long runs.
+      attention: Backend of scaled dot-product attention: "math", "flash", "efficient", "cudnn". Default: torch's
+        choice, but where gradients are taken in bfloat16 on the CPU the faster of two, by timing.
+    """
+
+    fold: bool | None = None
+    channels_last: bool | None = None
+    compile: bool | str | None = None
+    attention: str | None = None
+
+
+class Machine:
+    """A model that runs under gates.
+
+    Args:
+      original: The engine's copy, in eval mode, frozen, that has not run yet; copied, never changed.
+      index: Its components.
+      inputs: Two examples, prepared, floating ones in float64.
+      check: Raises if the logits for them are not what the output needs.
+      reference: For mean ablation: yields prepared batches of the reference set in a dtype.
+      self_check: Compare literal zeroing, weight gating and activation gating on the two examples.
+
+    Raises:
+      GatingError: The model is random, mixes examples, or its gates do not give what literal zeroing gives.
+      DataError: The model fails on the inputs.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        index: ComponentIndex,
+        inputs: Tensor,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        ablation: Ablation,
+        speed: Speed,
+        check: Callable[[Any], None],
+        reference: Callable[[torch.dtype], Iterator[Tensor]] | None,
+        self_check: bool,
+    ) -> None:
+        self.index, self.device, self.dtype, self.speed = index, device, dtype, speed
+        model = copy.deepcopy(original).to(device)
+        self.model = model
+        self.report, wide, inputs = _probed(model, index, inputs.to(device), dtype, check)
+        sample = _sample(index)
+        literal = None
+        if self_check:
+            literal = literal_logits(original, index, sample, inputs, wide, ablation.closed)
+        has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        self.channels_last = has_convolutions if speed.channels_last is None else speed.channels_last
+        self.shared = _shared(model, index)
+        self.folded_into: dict[str, str] = {}
+        if speed.fold is not False:
+            self.folded_into = fold_batch_norms(model, self.report.folds, {port.parameter for port in index.ports})
+        means: Means | None = None
+        if isinstance(ablation, MeanAblation) and reference is not None:
+            add_missing_biases(model, index)
+            means = mean_activations(model, index, reference(wide))
+        self.activation = ActivationGates(model, index, self.report)
+        if literal is not None:
+            self._self_check(sample, inputs, literal, ablation.closed, means, wide)
+        to_precision(model, device, dtype, self.report.head)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.weights = WeightGates(model, index, means)
+        if means is not None:
+            self.activation.use_means(means, dtype)
+        wanted = device.type == "cuda" if speed.compile is None else speed.compile
+        self.compiled: str | None = None
+        if wanted:
+            whole = self.activation.functional is not None
+            self.compiled = compile_model(model, wanted if isinstance(wanted, str) else None, whole)
+        self._compiled_checks = {"plain": CHECKS, "gated": CHECKS}
+        self.attention = speed.attention
+
+    def _self_check(
+        self, sample: Tensor, inputs: Tensor, literal: Tensor, closed: float, means: Means | None, dtype: torch.dtype
+    ) -> None:
+        """Raises, naming the module, unless weight and activation gating give what literal zeroing gives."""
+        tolerance = 1e-8 if dtype == torch.float64 else 1e-3
+        gates = torch.where(sample.to(self.device), 1.0, closed).to(dtype)
+        weights = WeightGates(self.model, self.index)
+        self._require_equal("weight gating", self._by_weights(weights, gates, inputs), literal, tolerance)
+        if self.activation.problems:
+            return
+        by_gates = self._by_gates(gates, inputs)
+        self._require_equal("activation gating", by_gates, literal, tolerance)
+        if means is not None:
+            self.activation.use_means(means, dtype)
+            by_weights = self._by_weights(WeightGates(self.model, self.index, means), gates, inputs)
+            self._require_equal("mean ablation", self._by_gates(gates, inputs), by_weights, tolerance)
+
+    def _by_weights(self, weights: WeightGates, gates: Tensor, inputs: Tensor) -> Tensor:
+        rows = []
+        try:
+            with torch.no_grad():
+                for example, row in enumerate(gates):
+                    weights.set_gates(row)
+                    rows.append(self.model(inputs)[example])
+        finally:
+            weights.restore()
+        return torch.stack(rows)
+
+    def _by_gates(self, gates: Tensor, inputs: Tensor) -> Tensor:
+        with torch.no_grad(), self.activation.active():
+            self.activation.set(gates)
+            result: Tensor = self.model(inputs)
+        return result
+
+    def _require_equal(self, what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+        scale = float(expected.abs().max())
+        if not bool(torch.isfinite(expected).all()):
+            return  # found later, with the row and the example
+        difference = float((got - expected).abs().max())
+        if difference > tolerance * max(scale, 1e-30):
+            raise GatingError(
+                f"{what.capitalize()} of this {type(self.model).__name__} does not give what zeroing the weights by "
+                f"hand gives: logits differ by {difference:.3g} of {scale:.3g} on two examples. Nothing was computed. "
+                "Index fewer modules to find the one (include=[...]), and report it."
+            )
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory layout of images."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of weights and buffers, and of the originals kept for weight gating."""
+        tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return sum(t.numel() * t.element_size() for t in tensors.values()) + self.weights.masters
+
+    def plain(self, inputs: Tensor) -> Tensor:
+        """Returns the logits of prepared inputs under the weights as they are set."""
+        return self._run("plain", inputs, self.attention)
+
+    def gated(self, inputs: Tensor, gates: Tensor, attention: str | None = None) -> Tensor:
+        """Returns the logits of prepared inputs, each under its own gates (examples, components); within `active`."""
+        self.activation.set(gates.to(self.dtype))
+        return self._run("gated", inputs, attention or self.attention)
+
+    def _run(self, what: str, inputs: Tensor, attention: str | None) -> Tensor:
+        with self._attention(attention):
+            result: Tensor = self.model(inputs)
+            if self.compiled and self._compiled_checks[what]:
+                self._compiled_checks[what] -= 1
+                self._check_compiled(what, result, inputs)
+        return result
+
+    def _check_compiled(self, what: str, got: Tensor, inputs: Tensor) -> None:
+        """Raises unless the compiled model sees the weights or gates as they are set now; run on the first few."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            expected = self.model(inputs)
+        scale = max(float(expected.abs().max()), 1e-30)
+        difference = float((got.detach() - expected).abs().max())
+        if difference > COMPILED_TOLERANCE[self.dtype] * scale:
+            raise GatingError(
+                f"The compiled {type(self.model).__name__} gives other logits than the same model uncompiled ({what} "
+                f"forward, {difference:.3g} of {scale:.3g}). Nothing was kept. Use speed=Speed(compile=False)."
+            )
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Lets `gated` run; raises GatingError where a module cannot be gated per example."""
+        with self.activation.active():
+            yield
+
+    def _attention(self, name: str | None) -> Any:
+        return sdpa_kernel(ATTENTION[name]) if name is not None and self.report.attention else nullcontext()
+
+
+def _probed(
+    model: nn.Module, index: ComponentIndex, inputs: Tensor, dtype: torch.dtype, check: Callable[[Any], None]
+) -> tuple[ProbeReport, torch.dtype, Tensor]:
+    """Returns what the probe found, in float64, or in float32 for a model that cannot run in float64."""
+    try:
+        return probe(model.double(), index, inputs, check), torch.float64, inputs
+    except DataError:
+        inputs = inputs.float() if inputs.is_floating_point() else inputs
+        return probe(model.float(), index, inputs, check), torch.float32, inputs
+
+
+def _shared(model: nn.Module, index: ComponentIndex) -> dict[str, list[str]]:
+    """Returns, per indexed module, the other names under which the model holds its weight."""
+    parameters = dict(model.named_parameters())
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = {port.module: names[id(parameters[port.parameter])] for port in index.ports}
+    return {module: others[1:] for module, others in found.items() if len(others) > 1}
+
+
+def _sample(index: ComponentIndex) -> Tensor:
+    """Returns two keep-vectors, (2, components): a tenth of the components closed, and some of every port in one."""
+    keep = np.stack([np.random.Philox(key=[2718, row]).random_raw(len(index)) >= 2**64 // 10 for row in range(2)])
+    first = 0
+    for number, port in enumerate(index.ports):
+        keep[number % 2, first + number % port.count] = False
+        keep[1 - number % 2, first : first + port.count] |= (
+            port.count == 1
+        )  # else every branch is closed, and nothing left
+        first += port.count
+    return torch.from_numpy(keep)
