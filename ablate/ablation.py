@@ -131,10 +131,10 @@ class _Sums(UseMode):
         own = self.biases[name]
         if own is None or bias is None or own[rows.start :].data_ptr() != bias.data_ptr():
             module = self.owners[name]
+            how = "without" if bias is None else "with another bias than"
             raise GatingError(
-                f"The weight {name!r} is used {'without' if bias is None else 'with another bias than'} the bias of module "
-                f"{module!r}, which is to hold the mean. Ablate to zero, or leave it out with "
-                f"exclude=[{module!r}]."
+                f"The weight {name!r} is used {how} the bias of module {module!r}, which is to hold the "
+                f"mean. Ablate to zero, or leave it out with exclude=[{module!r}]."
             )
 
     def _add(self, side: str, name: str, axis: int, op: Op, start: int, values: Tensor) -> None:

@@ -33,12 +33,12 @@ from ablate.components import ComponentIndex
 from ablate.data import Examples
 from ablate.errors import DataError, GatingError, OutOfMemoryError, UnknownNameError
 from ablate.explain import explain
-from ablate.machine import Machine, Speed
+from ablate.machine import ATTENTION, Machine, Speed
 from ablate.memory import MemoryPlan
 from ablate.outputs import Output, get_output
 from ablate.placing import Placed
 from ablate.running import Runner
-from ablate.state import preserved_random_state
+from ablate.state import no_tf32, preserved_random_state
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 MODES = ("auto", "weight", "activation")
@@ -99,6 +99,9 @@ class Engine:
             raise UnknownNameError("precision", precision, PRECISIONS)
         if mode not in MODES:
             raise UnknownNameError("mode", mode, MODES)
+        attention = None if speed is None else speed.attention
+        if attention is not None and attention not in ATTENTION:
+            raise UnknownNameError("attention backend", attention, ATTENTION)
         if batch_size is not None and batch_size < 1:
             raise DataError(f"batch_size is {batch_size}, expected at least 1.")
         index.check(model)
@@ -252,14 +255,24 @@ class Engine:
         """Returns outputs (examples,) and, if asked, gradients (examples, components), else an empty tensor."""
         with self._running():
             runner = self._ready(examples)
-            result = torch.empty(len(examples), dtype=runner.dtype)
-            slopes = torch.empty((len(examples) if gradients else 0, len(self.index)), dtype=runner.dtype)
+            place = self._place_for(gates.numel() * (2 if gradients else 1) * runner.dtype.itemsize)
+            gates = gates.to(place)
+            result = torch.empty(len(examples), dtype=runner.dtype, device=place)
+            shape = (len(examples) if gradients else 0, len(self.index))
+            slopes = torch.empty(shape, dtype=runner.dtype, device=place)
             size = runner.gradient_batch_size if gradients else runner.batch_size
             for first, placed in self._chunks(examples, size):
                 span = slice(first, first + len(placed))
                 runner.per_example(gates[span], placed, result[span], slopes[span] if gradients else None, first)
+        result, slopes = result.cpu(), slopes.cpu()
         finite_outputs(result[None], examples)
         return result, finite_gradients(slopes, examples)
+
+    def _place_for(self, size: int) -> torch.device:
+        """Returns where so many bytes of gates and gradients live during a call: on a CUDA device if it has room."""
+        if self.device.type != "cuda" or size > torch.cuda.mem_get_info(self.device)[0] // 8:
+            return torch.device("cpu")
+        return self.device
 
     def _ready(self, examples: Examples) -> Runner:
         """Returns what runs the model; made, and the model checked, with the first examples that come."""
@@ -290,7 +303,7 @@ class Engine:
         """Returns two different inputs, prepared in float64; of a single example, itself and its mirror image."""
         raw = examples.inputs(0, min(2, len(examples)))
         check_device(raw, self.device)
-        inputs = examples.prepared(raw, torch.float64)
+        inputs = examples.prepared(raw.clone(), torch.float64)
         return inputs if len(inputs) == 2 else torch.cat([inputs, inputs.flip(-1)])
 
     def _few(self, examples: Examples, runner: Runner) -> tuple[Tensor, Tensor]:
@@ -321,9 +334,12 @@ class Engine:
         if self._placed is not None and self._placed.examples is examples:
             yield 0, self._placed
             return
-        machine = self._ready(examples).machine
+        self._placed = None  # before others take its memory
+        runner = self._ready(examples)
+        machine = runner.machine
+        budget = runner.data_room if self._data_budget is None else self._data_budget
         for first, placed in Placed.chunks(
-            examples, self.device, machine.dtype, machine.layout, batch_size or self.batch_size, self._data_budget
+            examples, self.device, machine.dtype, machine.layout, batch_size or self.batch_size, budget
         ):
             if len(placed) == len(examples):
                 self._placed = placed
@@ -333,7 +349,12 @@ class Engine:
     def _running(self) -> Iterator[None]:
         """Everything a call needs around it."""
         try:
-            with preserved_random_state(), torch.no_grad(), self._exact_arithmetic():
+            with (
+                torch.inference_mode(False),  # a caller may be in it; its tensors could have no gradients
+                preserved_random_state(),
+                torch.no_grad(),
+                self._exact_arithmetic(),
+            ):
                 yield
         except torch.OutOfMemoryError as error:
             lower = f"batch_size (now {self.batch_size}, try {max(1, self.batch_size // 2)})"
@@ -345,18 +366,7 @@ class Engine:
 
     def _exact_arithmetic(self) -> Any:
         """Returns a context without TF32 where that exists: float32 means float32."""
-        return _no_tf32() if self.device.type == "cuda" else nullcontext()
-
-
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    convolution = torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+        return no_tf32() if self.device.type == "cuda" else nullcontext()
 
 
 def _unlabelled(inputs: Tensor) -> Examples:
@@ -370,7 +380,8 @@ def _copy_of(model: nn.Module) -> nn.Module:
         )
         raise GatingError(f"This {type(model).__name__} is {how}. The engine gates first and compiles after.")
     try:
-        return copy.deepcopy(model)
+        with torch.inference_mode(False):
+            return copy.deepcopy(model)
     except Exception as error:  # whatever the model's own attributes raise
         raise DataError(
             f"This {type(model).__name__} cannot be copied, and the engine works on a copy: {error}. If it keeps "

@@ -69,7 +69,7 @@ def add_missing_biases(model: nn.Module, index: ComponentIndex) -> None:
         if isinstance(module, (nn.Conv2d, nn.Linear)) and getattr(module, "bias", None) is None:
             zeros = module.weight.new_zeros(module.weight.shape[0])
             module.bias = nn.Parameter(zeros, requires_grad=False)
-        if isinstance(module, nn.MultiheadAttention) and module.in_proj_bias is None:
+        if isinstance(module, nn.MultiheadAttention) and getattr(module, "in_proj_bias", None) is None:
             zeros = module.out_proj.weight.new_zeros(3 * module.embed_dim)
             module.in_proj_bias = nn.Parameter(zeros, requires_grad=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ ATTENTION = {
 }
 
 
+GRAPHS = 256  # compiled per block, over all engines of a process
 CHECKS = 2  # forwards of each kind in which a compiled model is compared with itself uncompiled
 COMPILED_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
 
@@ -188,7 +190,7 @@ class Machine:
         return self._run("gated", inputs, attention or self.attention)
 
     def _run(self, what: str, inputs: Tensor, attention: str | None) -> Tensor:
-        with self._attention(attention):
+        with self._attention(attention), _compiler() if self.compiled else nullcontext():
             result: Tensor = self.model(inputs)
             if self.compiled and self._compiled_checks[what]:
                 self._compiled_checks[what] -= 1
@@ -215,6 +217,18 @@ class Machine:
 
     def _attention(self, name: str | None) -> Any:
         return sdpa_kernel(ATTENTION[name]) if name is not None and self.report.attention else nullcontext()
+
+
+@contextmanager
+def _compiler() -> Iterator[None]:
+    """Gives compilation room, and silences what its own look at gates that are slices of one tensor warns of.
+
+    Engines of one architecture share the code of their blocks, and torch counts graphs per code: with its limit of 8 a
+    third engine would run uncompiled without a word.
+    """
+    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 def _probed(

@@ -38,13 +38,20 @@ class MemoryPlan:
     batch_size: int
     gradient_batch_size: int
 
+    @property
+    def forward(self) -> tuple[int, int]:
+        """Bytes of a forward: fixed, and per example."""
+        return self.forward_fixed, self.forward_each
+
+    @property
+    def gradient(self) -> tuple[int, int]:
+        """Bytes of a forward and backward: fixed, and per example."""
+        return self.gradient_fixed, self.gradient_each
+
     def peak(self, examples: int, gradients: bool = False) -> int:
-        """Returns the predicted peak for so many examples held on the device."""
-        fixed, each, batch = (
-            (self.gradient_fixed, self.gradient_each, self.gradient_batch_size)
-            if gradients
-            else (self.forward_fixed, self.forward_each, self.batch_size)
-        )
+        """Returns the predicted peak of a call, with so many examples' inputs held on the device."""
+        fixed, each = self.gradient if gradients else self.forward
+        batch = self.gradient_batch_size if gradients else self.batch_size
         return self.model + examples * self.input_each + fixed + min(batch, examples) * each
 
 
@@ -105,7 +112,8 @@ def fitting_batch(budget: int, wanted: int, model: int, fixed: int, each: int) -
     if room < each:
         need = model + fixed + each
         raise OutOfMemoryError(
-            f"memory_budget is {budget / 2**20:,.0f} MiB; the model and one example need {need / 2**20:,.0f} MiB "
-            f"({model / 2**20:,.0f} MiB of weights). Give a larger budget, or use precision='bfloat16'."
+            f"The model and one example need {need / 2**20:,.1f} MiB ({model / 2**20:,.1f} MiB of weights). Half of "
+            "what memory_budget leaves beside the weights is for activations; with the weights that is "
+            f"{budget / 2**20:,.1f} MiB. Give a larger memory_budget, or use precision='bfloat16'."
         )
     return min(wanted, room // each)

@@ -57,7 +57,7 @@ class Placed:
         size = _chunk_size(examples, device, dtype, layout, batch_size, budget)
         for first, inputs, targets in examples.chunks(size):
             check_device(inputs, device)
-            inputs = inputs.detach()
+            inputs = inputs.clone() if inputs.is_inference() else inputs.detach()  # the former has no gradients
             if device.type == "cuda" and inputs.device.type == "cpu":
                 inputs = inputs.pin_memory().to(device, non_blocking=True)
             if device.type != "cuda" or examples.normalize is None:

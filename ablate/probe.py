@@ -254,17 +254,24 @@ def telling(inputs: Tensor) -> Tensor:
 def _record(model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor) -> tuple[Recorder, Stack, Tensor]:
     stack = Stack(model)
     recorder = Recorder(watched, stack)
+    version = inputs._version
     try:
         with torch.no_grad(), no_fast_path(), stack.watching(), recorder:
             logits = model(inputs)
     except NotImplementedInGatingError as error:
         raise GatingError(
-            f"Module {stack.failed!r} is {error}, which is not taken apart. Leave it out with exclude=[{stack.failed!r}]."
+            f"Module {stack.failed!r} is {error}, which is not taken apart. Leave it out with "
+            f"exclude=[{stack.failed!r}]."
         ) from error
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model raises on inputs it does not take
         raise run_failed(model, stack.failed, inputs, error) from error
+    if inputs._version != version:
+        raise GatingError(
+            f"This {type(model).__name__} changes its inputs in place (an operation like x.sub_() or "
+            "relu(inplace=True) on what it was given): the next keep-vector would see other inputs. Let its forward work on a copy."
+        )
     return recorder, stack, logits
 
 
@@ -277,7 +284,8 @@ def run_failed(model: nn.Module, module: str | None, inputs: Tensor, error: Exce
         where = f"module {module!r}, a {text}," if module else f"the {type(found).__name__} itself"
     reason = str(error).splitlines()[0].rstrip(".") if str(error) else "no message"
     return DataError(
-        f"The model fails on inputs of shape {tuple(inputs.shape)} and type {str(inputs.dtype).removeprefix('torch.')}: "
+        f"The model fails on inputs of shape {tuple(inputs.shape)} and type "
+        f"{str(inputs.dtype).removeprefix('torch.')}: "
         f"{where} raised {type(error).__name__}: {reason}. Give inputs as the model takes them: number of channels, "
         "image size, floating images or integer tokens."
     )

@@ -34,6 +34,7 @@ class Runner:
     closed: float
     batch_size: int
     gradient_batch_size: int
+    data_room: int | None = None  # bytes left for inputs under a memory budget
     checked: set[int] = field(default_factory=set)  # first examples of batches whose labels were looked at
     _gradient_attention: str | None = None
 
@@ -86,7 +87,7 @@ class Runner:
                 logits = self._gated(inputs, own, size, attention)[: len(targets)]
                 values = self._measure(logits, targets, first + start)
                 if slopes is not None:
-                    slopes[span] = torch.autograd.grad(values.sum(), own)[0]
+                    slopes[span] = _slopes(values, own)
                 result[span] = values.detach()
 
     def _gated(self, inputs: Tensor, gates: Tensor, size: int, attention: str | None = None) -> Tensor:
@@ -131,7 +132,7 @@ class Runner:
         """
         machine = self.machine
         matters = machine.device.type == "cpu" and machine.dtype == torch.bfloat16 and machine.report.attention
-        if machine.speed.attention is not None or not matters or machine.compiled:
+        if machine.speed.attention is not None or not matters:
             return machine.speed.attention
         if self._gradient_attention is None:
 
@@ -139,7 +140,8 @@ class Runner:
                 logits = machine.gated(inputs, gates, backend)
                 torch.autograd.grad(logits.float().sum(), gates)
 
-            self._gradient_attention = faster({"flash": lambda: step("flash"), "math": lambda: step("math")})
+            with torch.compiler.set_stance("force_eager"):  # the backends differ alike, and each would compile anew
+                self._gradient_attention = faster({"flash": lambda: step("flash"), "math": lambda: step("math")})
         return self._gradient_attention
 
     def forward_memory(self, inputs: Tensor, targets: Tensor) -> tuple[int, int]:
@@ -160,7 +162,7 @@ class Runner:
             gates = torch.ones((count, len(self.machine.index)), dtype=self.dtype, device=few.device)
             with self.machine.active(), torch.enable_grad():
                 logits = self.machine.gated(few, gates.requires_grad_(), self.machine.speed.attention)
-                torch.autograd.grad(self.output(logits.to(self.dtype), labels).sum(), gates)
+                _slopes(self.output(logits.to(self.dtype), labels), gates)
 
         return per_example(run)
 
@@ -187,12 +189,19 @@ class Runner:
             self.batch_size = smallest_good_batch(fits or [1], run, self.machine.device)
             self.gradient_batch_size = self.batch_size
         if budget is not None:
-            share = budget - plan.input_each * self.batch_size  # at least one batch of inputs is held beside it
-            self.batch_size = fitting_batch(share, self.batch_size, plan.model, plan.forward_fixed, plan.forward_each)
+            # half of what the model leaves is for activations, so that inputs need not trickle in batch by batch
+            half = plan.model + (budget - plan.model) // 2
+            self.batch_size = fitting_batch(half, self.batch_size, plan.model, *plan.forward)
             if plan.gradient_each:
-                self.gradient_batch_size = fitting_batch(
-                    share, self.gradient_batch_size, plan.model, plan.gradient_fixed, plan.gradient_each
-                )
+                self.gradient_batch_size = fitting_batch(half, self.gradient_batch_size, plan.model, *plan.gradient)
+            self.data_room = budget - half
+
+
+def _slopes(values: Tensor, gates: Tensor) -> Tensor:
+    """Returns the gradient of each value with respect to its gates: zero for gates that reach no output."""
+    if not values.requires_grad:
+        return torch.zeros_like(gates)
+    return torch.autograd.grad(values.sum(), gates, materialize_grads=True)[0]
 
 
 def _repeated(values: Tensor, count: int) -> Tensor:

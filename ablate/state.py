@@ -28,6 +28,18 @@ def preserved_random_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """Switches TF32 off for the time of a `with` block: float32 then means float32 on CUDA, too."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    convolution = torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+
+
 def model_hash(model: nn.Module) -> str:
     """Returns the sha256 (hex) of every parameter's and buffer's name, dtype, shape and bytes. Mutates nothing.
 

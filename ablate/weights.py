@@ -28,6 +28,7 @@ class _Weight:
     in_mean: Tensor | None
     out_mean: Tensor | None
     closed: Tensor | None = None  # positions closed by the last keep-vector, where only rows are touched
+    whole: bool = True  # the weight is the original but for the positions in `closed`
 
     @property
     def by_rows(self) -> bool:
@@ -45,14 +46,27 @@ class _Weight:
         _, port = self.ports[0]
         if port.width > 1:
             closed = (closed[:, None] * port.width + torch.arange(port.width, device=closed.device)).flatten()
+        if not self.whole:
+            self.restore()
         if self.closed is not None and len(self.closed):
             self.weight.index_copy_(port.axis, self.closed, self.master.index_select(port.axis, self.closed))
         self.weight.index_fill_(port.axis, closed, 0)
         self.closed = closed
 
+    def set_product(self, gates: Tensor) -> None:
+        """Writes the product of a finite weight and gates of its dtype, (components,): one kernel, no waiting."""
+        self.closed, self.whole = None, False
+        first, port = self.ports[0]
+        gate = gates[first : first + port.count]
+        shape = [1] * self.master.ndim
+        shape[port.axis] = -1
+        if port.width > 1:
+            gate = gate.repeat_interleave(port.width)
+        torch.mul(self.master, gate.view(shape), out=self.weight)
+
     def set_gates(self, gates: Tensor) -> None:
         """Multiplies by gates, (components,), of any real value; exactly zero at 0, also over inf and nan."""
-        self.closed = None
+        self.closed, self.whole = None, False
         inside = outside = branch = None
         value = self.master
         for first, port in self.ports:
@@ -87,7 +101,7 @@ class _Weight:
         self.bias.copy_(bias)
 
     def restore(self) -> None:
-        self.closed = None
+        self.closed, self.whole = None, True
         self.weight.copy_(self.master)
         if self.changes_bias and self.bias is not None and self.bias_master is not None:
             self.bias.copy_(self.bias_master)
@@ -133,14 +147,22 @@ class WeightGates:
             found[port.parameter].ports.append((first, port))
             first += port.count
         self._weights = list(found.values())
-        self._by_rows = all(site.by_rows and site.weight.device.type == "cpu" for site in self._weights)
+        self._by_rows = all(site.by_rows for site in self._weights)
+        self._on_cpu = all(site.weight.device.type == "cpu" for site in self._weights)
+        # a product makes nan of inf times zero: those rare weights take the careful way
+        self._by_product = self._by_rows and all(bool(torch.isfinite(site.master).all()) for site in self._weights)
 
     def set_keep(self, keep: Tensor) -> None:
         """Makes the model run with this keep-vector, (components,) bool: kept as it is, or closed.
 
-        Cost: on the CPU, the rows that change; elsewhere one pass over the gated weights, without waiting for it.
+        Cost: on the CPU, the rows that change; elsewhere one product per gated weight, without waiting for it.
         """
-        if not self._by_rows:
+        if not self._on_cpu and self._by_product:
+            gates = keep.to(self._weights[0].master.dtype)
+            for site in self._weights:
+                site.set_product(gates)
+            return
+        if not self._by_rows or not self._on_cpu:
             self.set_gates(keep)
             return
         closed = torch.nonzero(~keep).flatten()

@@ -68,18 +68,32 @@ def demo(
 
 
 @app.command()
-def index(spec: SpecFile, as_json: Json = False) -> None:
+def index(
+    spec: SpecFile,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also run two examples: how is each module gated, and why?")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List the components of a spec's model, module by module, and what is left out."""
     campaign = ablate.CampaignSpec.from_file(spec)
     with ablate.preserved_random_state():
-        model, _ = campaign.load()
+        model, examples = campaign.load()
     found = campaign.make_index(model)
+    gating = None
+    if explain:
+        engine = campaign.make_engine(model, found, examples)
+        engine.check(examples)
+        gating = engine.explain()
     if as_json:
-        _print_json({"components": len(found), "hash": found.hash, "modules": _records(found.modules())})
+        facts = {"components": len(found), "hash": found.hash, "modules": _records(found.modules())}
+        _print_json(facts if gating is None else {**facts, "gating": _records(gating)})
         return
     _say(f"{len(found):,} components in {len(found.ports)} modules; index {found.hash[:12]}", found.modules())
     if len(found.left_out()):
         _say("Left out:", found.left_out())
+    if gating is not None:
+        _say("How each module is gated:", gating[["module", "used by", "activation gating", "notes"]])
 
 
 @app.command(name="ablate")
@@ -267,13 +281,15 @@ def report(
 
 def main() -> None:
     """Runs the command line; turns errors of the toolkit into a message and an exit code."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a spec's `factory` may be a module of the working directory, as with `python -m`
     try:
         app()
     except stores.StoreMismatchError as error:
         _fail(error, MISMATCH)
     except stores.UnfinishedStoreError as error:
         _fail(error, NOT_FINISHED)
-    except (ablate.NonFiniteOutputError, stores.DamagedBlockError) as error:
+    except (ablate.NonFiniteOutputError, ablate.OutOfMemoryError, stores.DamagedBlockError) as error:
         _fail(error, FAILED)
     except (ablate.AblateError, stores.StoreError, coar.CoarError) as error:
         _fail(error, BAD_INPUT)

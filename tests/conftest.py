@@ -175,4 +175,5 @@ def _world() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "TF32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "cudnn benchmark": torch.backends.cudnn.benchmark,
+        "fused attention": torch.backends.mha.get_fastpath_enabled(),
     }

@@ -130,9 +130,12 @@ def engine_ways(
         ways[f"activation gating{note}"] = _rows(by_gates, keep, work.examples)
         ways[f"gate gradient{note}"] = Way(partial(by_gates.gate_gradients, gates, work.examples), pairs)
     many = KeepPlan(len(index), 4 * len(keep), 0.05, seed=1).take(0, 4 * len(keep))
-    ways[f"{len(few)} examples, weight gating"] = _rows(engine("weight", False), many, few)
-    stacked = engine("activation", False, 2 * len(few) if arguments.device == "cpu" else arguments.batch)
-    ways[f"{len(few)} examples, activation gating"] = _rows(stacked, many, few)
+    stacked = 2 * len(few) if arguments.device == "cpu" else arguments.batch
+    for compile_it in (False, True) if arguments.compile else (False,):
+        note = ", compiled" if compile_it else ""
+        ways[f"{len(few)} examples, weight gating{note}"] = _rows(engine("weight", compile_it, len(few)), many, few)
+        by_gates = engine("activation", compile_it, stacked)
+        ways[f"{len(few)} examples, activation gating{note}"] = _rows(by_gates, many, few)
     return first, ways
 
 
@@ -225,6 +228,10 @@ def main() -> None:
     engine, ours = engine_ways(work, index, keep, arguments)
     plain = plain_ways(work, engine, arguments.batch, arguments.compile)
     ways = {**plain, **ours}
+    if arguments.precision != "float32":  # beside the base, which is of this precision
+        full = Engine(work.model, index, device=arguments.device, batch_size=arguments.batch)
+        ways["plain eager in float32"] = list(plain_ways(work, full, arguments.batch, False).values())[-1]
+        ways["weight gating in float32"] = _rows(full, keep, work.examples)
     if arguments.incumbent:
         ways["published loop (float32)"] = incumbent_way(work, index, keep, arguments)
     times = measured(ways, arguments.rounds, arguments.device)

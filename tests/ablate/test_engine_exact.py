@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import ablate
 from ablate.digits import ResidualCNN
+from ablate.machine import Speed
 
 EXAMPLES = 5
+AS_GIVEN = Speed(fold=False, channels_last=False)  # no batch norm folded, no layout changed: equal bit for bit
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -111,7 +113,7 @@ def test_with_everything_kept_is_the_plain_model(
     with torch.no_grad():
         plain = ablate.Margin()(model(inputs), targets)
     keep = np.ones((1, len(index)), dtype=bool)
-    engine = ablate.Engine(model, index)
+    engine = ablate.Engine(model, index, speed=AS_GIVEN)
     assert torch.equal(engine.outputs(keep, inputs, targets)[0], plain)
     engine.outputs(~keep, inputs, targets)
     assert torch.equal(engine.outputs(keep, inputs, targets)[0], plain), "an earlier keep-vector must leave no trace"
@@ -121,8 +123,8 @@ def test_a_model_in_training_mode_runs_in_eval_mode(conv_net: nn.Module, images:
     model = nn.Sequential(conv_net, nn.Dropout())
     index = ablate.ComponentIndex.from_model(model, ["conv_filter"])
     keep = ablate.KeepPlan(len(index), 4, 0.2).take(0, 4)
-    expected = ablate.Engine(model.eval(), index).outputs(keep, images, labels)
-    assert torch.equal(ablate.Engine(model.train(), index).outputs(keep, images, labels), expected)
+    expected = ablate.Engine(model.eval(), index, speed=AS_GIVEN).outputs(keep, images, labels)
+    assert torch.equal(ablate.Engine(model.train(), index, speed=AS_GIVEN).outputs(keep, images, labels), expected)
     assert torch.equal(ablate.reference_outputs(model, index, keep, images, labels), expected)
 
 
@@ -133,11 +135,11 @@ def test_an_ablated_weight_that_is_not_finite_becomes_zero(
     index = ablate.ComponentIndex.from_model(conv_net, ["conv_filter"])
     keep = np.ones((1, len(index)), dtype=bool)
     keep[0, [1, 6]] = False
-    expected = ablate.Engine(conv_net, index).outputs(keep, images, labels)
+    expected = ablate.Engine(conv_net, index, speed=AS_GIVEN).outputs(keep, images, labels)
     with torch.no_grad():
         conv_net.get_parameter("conv1.weight")[1] = poison
         conv_net.get_parameter("conv2.weight")[2, 0, 0, 0] = poison
-    assert torch.equal(ablate.Engine(conv_net, index).outputs(keep, images, labels), expected)
+    assert torch.equal(ablate.Engine(conv_net, index, speed=AS_GIVEN).outputs(keep, images, labels), expected)
     assert torch.equal(ablate.reference_outputs(conv_net, index, keep, images, labels), expected)
 
 

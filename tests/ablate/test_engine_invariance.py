@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import ablate
+from ablate.machine import Speed
 
 
 @pytest.fixture
@@ -169,10 +170,12 @@ def test_other_examples_replace_the_resident_ones(
 
 
 def test_the_engines_own_copy_is_whole_again_afterwards(
-    engine: ablate.Engine, conv_net: nn.Module, index: ablate.ComponentIndex, images: Tensor, labels: Tensor
+    conv_net: nn.Module, index: ablate.ComponentIndex, images: Tensor, labels: Tensor
 ) -> None:
+    engine = ablate.Engine(conv_net, index, speed=Speed(fold=False))
     engine.outputs(np.zeros((1, len(index)), dtype=bool), images, labels)
-    assert ablate.model_hash(engine._model) == ablate.model_hash(conv_net)
+    assert engine._machine is not None
+    assert ablate.model_hash(engine._machine.model) == ablate.model_hash(conv_net)
 
 
 def test_two_engines_of_one_model_do_not_meet(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ablate
 from ablate.gating import attenuate, attenuated
+from ablate.machine import Speed
 
 Untouched = Callable[..., AbstractContextManager[None]]
 
@@ -42,7 +43,7 @@ def test_outputs_are_those_of_the_engine(
     index: ablate.ComponentIndex, conv_net: nn.Module, images: Tensor, labels: Tensor
 ) -> None:
     selection = index.everything().sample(5, seed=0)
-    engine = ablate.Engine(conv_net, index)
+    engine = ablate.Engine(conv_net, index, speed=Speed(fold=False, channels_last=False))
     with ablate.ablated(conv_net, selection), torch.no_grad():
         outputs = ablate.Margin()(conv_net(images), labels)
     assert torch.equal(engine.outputs(selection.keep()[None], images, labels)[0], outputs)

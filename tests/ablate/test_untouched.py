@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zarr.storage import MemoryStore
 
 import ablate
+from ablate.ablation import MeanAblation, ScaleAblation
 from ablate.loading import TimmModel, TorchvisionModel
 
 Untouched = Callable[..., AbstractContextManager[None]]
@@ -111,6 +112,130 @@ def test_engine_whose_model_raises(
     with untouched(model, broken, labels), pytest.raises(RuntimeError, match="on purpose"):
         engine.outputs(keep, broken, labels)
     assert torch.equal(engine.outputs(keep, images, labels), before), "the engine itself goes on, too"
+
+
+MODES = ("weight", "activation")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+def test_every_call_of_the_engine(
+    mode: str,
+    precision: str,
+    model: nn.Module,
+    index: ablate.ComponentIndex,
+    images: Tensor,
+    labels: Tensor,
+    untouched: Untouched,
+) -> None:
+    with torch.no_grad():
+        torch.nan_to_num_(model.get_parameter("model.fc.weight"))
+    images.requires_grad_(True)
+    gates = torch.rand(len(images), len(index), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    versions = _versions(model)
+    with untouched(model, images, labels, gates):
+        engine = ablate.Engine(model, index, mode=mode, precision=precision, batch_size=3, example_inputs=images)
+        engine.outputs(gates.detach() > 0.2, images, labels)
+        engine.gated_outputs(gates, images, labels)
+        engine.example_outputs(gates, images, labels)
+        engine.gate_gradients(gates, images, labels)
+        engine.explain()
+    assert _versions(model) == versions
+
+
+@pytest.mark.parametrize("ablation", ["mean", "scale"])
+def test_other_ablations(
+    ablation: str,
+    model: nn.Module,
+    index: ablate.ComponentIndex,
+    keep: Keep,
+    images: Tensor,
+    labels: Tensor,
+    untouched: Untouched,
+) -> None:
+    with torch.no_grad():
+        torch.nan_to_num_(model.get_parameter("model.fc.weight"))
+    chosen = {"mean": MeanAblation(images), "scale": ScaleAblation(0.5)}[ablation]
+    with untouched(model, images, labels):
+        for mode in MODES:
+            ablate.Engine(model, index, ablation=chosen, mode=mode).outputs(keep, images, labels)
+
+
+def test_calls_that_fail_half_way(
+    model: nn.Module, index: ablate.ComponentIndex, keep: Keep, images: Tensor, labels: Tensor, untouched: Untouched
+) -> None:
+    with torch.no_grad():
+        torch.nan_to_num_(model.get_parameter("model.fc.weight"))
+    broken = images.detach().clone()
+    broken[5, 0, 0, 0] = 99
+    gates = torch.ones(len(images), len(index))
+    engines = [ablate.Engine(model, index, mode=mode, batch_size=2) for mode in MODES]
+    for engine in engines:
+        before = engine.outputs(keep, images, labels), engine.gate_gradients(gates, images, labels)[1]
+        calls: list[Callable[[], object]] = [
+            lambda engine=engine: engine.outputs(keep, broken, labels),  # type: ignore[misc]
+            lambda engine=engine: engine.gated_outputs(gates, broken, labels),  # type: ignore[misc]
+            lambda engine=engine: engine.example_outputs(gates, broken, labels),  # type: ignore[misc]
+            lambda engine=engine: engine.gate_gradients(gates, broken, labels),  # type: ignore[misc]
+        ]
+        for call in calls:
+            with untouched(model, broken, labels), pytest.raises(RuntimeError, match="on purpose"):
+                call()
+            assert torch.equal(engine.outputs(keep, images, labels), before[0]), "the engine itself goes on, too"
+            assert torch.equal(engine.gate_gradients(gates, images, labels)[1], before[1])
+
+
+def test_a_first_call_that_fails(
+    model: nn.Module, index: ablate.ComponentIndex, keep: Keep, images: Tensor, labels: Tensor, untouched: Untouched
+) -> None:
+    broken = images.detach().clone()
+    broken[0, 0, 0, 0] = 99
+    engine = ablate.Engine(model, index)
+    with untouched(model, broken, labels), pytest.raises(ablate.DataError, match="on purpose"):
+        engine.outputs(keep, broken, labels)
+    with untouched(model, images, labels), pytest.raises(ablate.DataError, match="on purpose"):
+        ablate.Engine(model, index, example_inputs=broken)
+    assert engine.outputs(keep, images, labels).shape == (4, 7)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_switch_of_fused_attention(fused: bool, untouched: Untouched) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(24, 3))
+    index = ablate.ComponentIndex.from_model(model, ["qkv_neuron", "linear_neuron"])
+    inputs = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+    gates = torch.ones(4, len(index))
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fused)
+    try:
+        with untouched(model, inputs):
+            engine = ablate.Engine(model, index)
+            engine.outputs(gates > 0, inputs, [0, 1, 2, 0])
+            engine.gate_gradients(gates, inputs, [0, 1, 2, 0])
+            with pytest.raises(ablate.LabelError):
+                engine.example_outputs(gates, inputs, [0, 1, 2, 3])
+            with pytest.raises(ablate.DataError):
+                ablate.Engine(model, index).outputs(gates > 0, inputs[..., :7], [0, 1, 2, 0])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_the_users_hooks_run_on_the_engines_copy_too(conv_net: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """A hook that changes activations is part of what the model computes."""
+    index = ablate.ComponentIndex.from_model(conv_net, ["conv_filter", "linear_neuron"])
+    keep = ablate.KeepPlan(len(index), 4, 0.2).take(0, 4)
+    plain = ablate.Engine(conv_net, index).outputs(keep, images, labels)
+    handles = [
+        conv_net.get_submodule("conv1").register_forward_hook(lambda module, inputs, output: 2 * output),
+        conv_net.get_submodule("fc").register_forward_pre_hook(lambda module, inputs: (inputs[0] - 1,)),
+    ]
+    expected = ablate.reference_outputs(conv_net, index, keep, images, labels)
+    for mode in MODES:
+        outputs = ablate.Engine(conv_net, index, mode=mode).outputs(keep, images, labels)
+        torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(outputs, plain)
+    for handle in handles:
+        handle.remove()
 
 
 def test_engine_with_bad_arguments(

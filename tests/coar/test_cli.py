@@ -132,6 +132,30 @@ def test_index(run: Run, run_json: Callable[..., Any], folder: Path) -> None:
     assert sum(module["components"] for module in found["modules"]) == 736
 
 
+def test_index_explains_how_each_module_is_gated(run: Run, run_json: Callable[..., Any], folder: Path) -> None:
+    code, out, _ = run("index", folder / "spec.toml", "--explain")
+    assert code == 0
+    assert "How each module is gated:" in out
+    gating = run_json("index", folder / "spec.toml", "--explain")["gating"]
+    assert [row["module"] for row in gating][:2] == ["stem", "blocks.0.conv1"]
+    assert {row["activation gating"] for row in gating} == {"gated layer"}
+    assert "batch norm 'bn' folded in" in gating[0]["notes"]
+
+
+def test_a_factory_in_the_working_directory(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_for_cli.py").write_text("import torch\ndef net():\n    return torch.nn.Linear(2, 3)\n")
+    text = (folder / "spec.toml").read_text()
+    start, end = text.index("[model]"), text.index("[", text.index("[model]") + 1)
+    factory = '[model]\nsource = "factory"\nfactory = "mine_for_cli:net"\n'
+    (tmp_path / "spec.toml").write_text(text[:start] + factory + text[end:])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    code, out, _ = run("index", "spec.toml")
+    assert (code, out[:26]) == (0, "3 components in 1 modules;")
+
+
 def test_ablate_again_finds_it_complete(run: Run, folder: Path) -> None:
     code, out, _ = run("ablate", folder / "spec.toml")
     assert code == 0
