@@ -224,9 +224,14 @@ def _compiler() -> Iterator[None]:
     """Gives compilation room, and silences what its own look at gates that are slices of one tensor warns of.
 
     Engines of one architecture share the code of their blocks, and torch counts graphs per code: with its limit of 8 a
-    third engine would run uncompiled without a word.
+    third engine would run uncompiled without a word. Its cache of traced graphs does not ask which attention backend
+    they were traced for, so it is not used.
     """
-    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=GRAPHS):
+    from torch._dynamo import config as dynamo  # slow to import, and there by now
+    from torch._functorch import config as functorch
+
+    room = dynamo.patch(recompile_limit=GRAPHS)
+    with warnings.catch_warnings(), room, functorch.patch(enable_autograd_cache=False):
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         yield
 

@@ -270,7 +270,8 @@ def _record(model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor) -> 
     if inputs._version != version:
         raise GatingError(
             f"This {type(model).__name__} changes its inputs in place (an operation like x.sub_() or "
-            "relu(inplace=True) on what it was given): the next keep-vector would see other inputs. Let its forward work on a copy."
+            "relu(inplace=True) on what it was given): the next keep-vector would see other inputs. Let its forward "
+            "work on a copy."
         )
     return recorder, stack, logits
 
