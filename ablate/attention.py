@@ -76,19 +76,24 @@ def attention_forward(
         p.reshape(*p.shape[:2], num_heads, -1).permute(1, 2, 0, 3) for p in (q, k, v)
     )  # (batch, heads, length, width)
     bias = _attention_bias(attn_mask, key_padding_mask, batch, num_heads, q.dtype)
-    shares = None
-    if need_weights:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        shares = torch.softmax(scores if bias is None else scores + bias, dim=-1)
-        mixed = shares @ v
+    mixed, shares = _attend(q, k, v, bias, is_causal, need_weights)
+    if shares is not None:
         shares = shares.mean(dim=1) if average_attn_weights else shares
         shares = shares[0] if single else shares
-    else:
-        causal = is_causal and bias is None
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
     mixed = mixed.permute(2, 0, 1, 3).reshape(length, batch, -1)
     out = project("out", mixed, out_proj_weight, out_proj_bias)
     return (out[:, 0] if single else out), shares
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns what the heads mix, (batch, heads, length, width), and, if asked, their weights."""
+    if need_weights:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        shares = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+        return shares @ v, shares
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal and bias is None), None
 
 
 class NotImplementedInGatingError(RuntimeError):

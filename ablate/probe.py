@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ablate.attention import NotImplementedInGatingError
 from ablate.components import ComponentIndex
 from ablate.errors import DataError, GatingError
+from ablate.stack import Frame, Stack
 from ablate.uses import Op, Rows, UseMode
 
 RTOL = 1e-7  # in float64: GEMM blocking differs between batches of one and of two
@@ -33,16 +34,6 @@ class Layout:
 
     def __str__(self) -> str:
         return f"examples along axis {self.axis}{'' if self.blocked else ', interleaved'}"
-
-
-@dataclass
-class Frame:
-    """One call of one module's forward."""
-
-    module: str
-    input: Any = None
-    output: Any = None
-    uses: int = 0
 
 
 @dataclass
@@ -79,48 +70,6 @@ class ProbeReport:
     head: str | None = None  # the linear layer whose output is the model's
     attention: bool = False  # uses scaled_dot_product_attention
     logits: Tensor | None = None  # of the two examples
-
-
-class Stack:
-    """Records which module's forward is running, by hooks that `with` removes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._open: list[Frame] = []
-        self.frames: list[Frame] = []
-        self.failed: str | None = None
-
-    @contextmanager
-    def watching(self) -> Iterator[Stack]:
-        """Adds the hooks for the time of a `with` block; on an error, `failed` names the innermost module."""
-        handles = []
-        for name, module in self._model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave))
-        try:
-            yield self
-        except Exception:
-            self.failed = self._open[-1].module if self._open else None
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @property
-    def top(self) -> Frame:
-        """The call that is running."""
-        return self._open[-1] if self._open else Frame("")
-
-    def _enter(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            frame = Frame(name, args[0] if args else next(iter(kwargs.values()), None))
-            self._open.append(frame)
-            self.frames.append(frame)
-
-        return hook
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._open.pop().output = output
 
 
 class Recorder(UseMode):
