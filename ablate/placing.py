@@ -57,7 +57,8 @@ class Placed:
         size = _chunk_size(examples, device, dtype, layout, batch_size, budget)
         for first, inputs, targets in examples.chunks(size):
             check_device(inputs, device)
-            inputs = inputs.clone() if inputs.is_inference() else inputs.detach()  # the former has no gradients
+            # a tensor made in inference mode cannot take part in gradients; its copy can
+            inputs, targets = (t.clone() if t.is_inference() else t.detach() for t in (inputs, targets))
             if device.type == "cuda" and inputs.device.type == "cpu":
                 inputs = inputs.pin_memory().to(device, non_blocking=True)
             if device.type != "cuda" or examples.normalize is None:

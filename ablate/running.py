@@ -82,7 +82,7 @@ class Runner:
         with self.machine.active(), torch.set_grad_enabled(slopes is not None):
             for start, inputs, targets in placed.batches(size):
                 span = slice(start, start + len(targets))
-                own = gates[span].to(inputs.device, self.dtype).requires_grad_(slopes is not None)
+                own = gates[span].to(inputs.device, self.dtype, copy=True).requires_grad_(slopes is not None)
                 attention = None if slopes is None else self._attention_for_gradients(inputs, own)
                 logits = self._gated(inputs, own, size, attention)[: len(targets)]
                 values = self._measure(logits, targets, first + start)
