@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -191,3 +192,13 @@ def test_a_model_that_cannot_be_copied(conv_net: nn.Module, images: Tensor, labe
 
 def test_repr_says_what_runs_where(engine: ablate.Engine) -> None:
     assert repr(engine) == "<Engine: ConvNet, 10 components, margin, float32 on cpu, 3 examples per forward>"
+
+
+def test_a_scripted_model_is_refused(mlp: nn.Module) -> None:
+    index = ablate.ComponentIndex.from_model(mlp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to give scripting up
+        scripted = torch.jit.trace(mlp, torch.zeros(2, 4))
+    with pytest.raises(ablate.GatingError) as caught:
+        ablate.Engine(scripted, index)
+    assert str(caught.value) == "This TopLevelTracedModule is scripted. The engine gates first and compiles after."
