@@ -345,6 +345,8 @@ def _short(value: Any) -> str:
 def _field_names(schema: type[BaseModel], path: list[str]) -> list[str]:
     if path == ["components"]:
         return list(ComponentsSpec.model_fields)
+    if path == ["speed"]:
+        return list(SpeedSpec.model_fields)
     if path in (["model"], ["data"]):
         return [f for s in (MODEL_SOURCES if path == ["model"] else DATA_SOURCES) for f in s.model_fields]
     return list(schema.model_fields)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from zarr.storage import MemoryStore
 
 import ablate
 from ablate.engine import PRECISIONS
@@ -343,3 +344,37 @@ def test_a_missing_checkpoint_is_named_when_loading(tmp_path: Path) -> None:
     model = {"source": "timm", "name": "test_resnet", "checkpoint": str(tmp_path / "x.pt")}
     with pytest.raises(ablate.LoadError, match=rf"^No checkpoint at {tmp_path}/x\.pt\. Give the path"):
         _spec(model=model, data=TEST).load()
+
+
+def test_how_it_runs_is_checked_with_everything_else() -> None:
+    with pytest.raises(ablate.SpecError) as caught:
+        _spec(
+            model=nn.Linear(2, 2),
+            data=(torch.zeros(1, 2), [0]),
+            ablation="scale",
+            mode="weigth",
+            speed={"compil": True, "attention": "mth"},
+            memory_budget=0,
+        )
+    assert caught.value.problems == (
+        "memory_budget: got 0, but it should be greater than or equal to 1.",
+        "speed.compil: unknown key. Did you mean 'compile'?",
+        "mode: got 'weigth', expected one of auto, weight, activation. Did you mean 'weight'?",
+        "ablation_factor: missing. Give it with ablation = 'scale', and only then.",
+        "speed.attention: got 'mth', expected one of math, flash, efficient, cudnn. Did you mean 'math'?",
+    )
+
+
+def test_the_engine_runs_as_the_spec_says(mlp: nn.Module) -> None:
+    data = (torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"ablation": "scale", "ablation_factor": 0.5}, "scale 0.5"),
+        ({"ablation": "mean"}, f"mean over {ablate.Examples(*data).hash}"),
+        ({"ablation": ablate.ScaleAblation(2)}, "scale 2.0"),
+    ]
+    for values, described in cases:
+        spec = ablate.CampaignSpec(model=mlp, data=data, rows=3, ablate_fraction=0.2, **values)
+        store = ablate.run(spec, MemoryStore(), progress=False)
+        assert store.header["identity"]["ablation"] == described
+        engine = ablate.Engine(mlp, spec.make_index(mlp), ablation=spec.make_engine(mlp, spec.make_index(mlp)).ablation)
+        assert torch.equal(torch.from_numpy(store.outputs[:]), engine.outputs(store.keep[:], *data))

@@ -198,7 +198,7 @@ def test_a_scripted_model_is_refused(mlp: nn.Module) -> None:
     index = ablate.ComponentIndex.from_model(mlp)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch is about to give scripting up
-        scripted = torch.jit.trace(mlp, torch.zeros(2, 4))
+        scripted = torch.jit.trace(mlp, torch.zeros(2, 4))  # type: ignore[no-untyped-call]
     with pytest.raises(ablate.GatingError) as caught:
         ablate.Engine(scripted, index)
     assert str(caught.value) == "This TopLevelTracedModule is scripted. The engine gates first and compiles after."
