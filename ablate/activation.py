@@ -235,7 +235,7 @@ class ActivationGates:
       index: Its components.
       report: What `probe` found out about this model with this index.
 
-    `problems` names every module that cannot be gated, with the reason; `run` refuses if there is one.
+    `problems` names every module that cannot be gated, with the reason; `active` refuses if there is one.
     """
 
     def __init__(self, model: nn.Module, index: ComponentIndex, report: ProbeReport) -> None:

@@ -228,8 +228,7 @@ class Engine:
         """
         examples = self._examples(inputs, targets)
         with self._running():
-            runner = self._ready(examples)
-            return runner.plan(*self._few(examples, runner))
+            return (runner := self._ready(examples)).plan(*self._few(examples, runner))
 
     def _examples(self, inputs: Any, targets: Any) -> Examples:
         examples = Examples.of(inputs, targets)
@@ -242,11 +241,15 @@ class Engine:
             runner = self._ready(examples)
             result = torch.empty((len(rows), len(examples)), dtype=runner.dtype, device=self.device)
             stackable = self.device.type == "cuda" and 2 * len(examples) <= runner.batch_size
-            by_gates = self.mode == "auto" and stackable and not runner.machine.activation.problems
-            run = runner.rows_by_gates if by_gates or self.mode == "activation" else runner.rows_by_weights
+            by_gates = stackable and self.mode == "auto" and not runner.machine.activation.problems
+            by_gates |= self.mode == "activation"
             try:
                 for first, placed in self._chunks(examples, runner.batch_size):
-                    run(rows, placed, result[:, first : first + len(placed)], first, len(examples))
+                    part = result[:, first : first + len(placed)]
+                    if by_gates:
+                        runner.rows_by_gates(rows, placed, part, first, len(examples))
+                    else:
+                        runner.rows_by_weights(rows, placed, part, first)
             finally:
                 runner.machine.weights.restore()
         return finite_outputs(result.cpu(), examples)
@@ -392,7 +395,6 @@ def _copy_of(model: nn.Module) -> nn.Module:
 def _device_of(model: nn.Module) -> torch.device:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
-        raise DataError(
-            f"The model is spread over {', '.join(sorted(map(str, devices)))}. Move it to one device, or pass device=."
-        )
+        names = ", ".join(sorted(map(str, devices)))
+        raise DataError(f"The model is spread over {names}. Move it to one device, or pass device=.")
     return devices.pop() if devices else torch.device("cpu")

@@ -32,7 +32,7 @@ class Placed:
         for start in range(0, len(self), size):
             inputs = self.inputs[start : start + size]
             if self._raw:
-                inputs = _laid_out(self.examples.prepared(inputs, self.dtype), self.layout)
+                inputs = self.examples.prepared(inputs, self.dtype)
             yield start, _laid_out(inputs, self.layout), self.targets[start : start + size]
 
     @property

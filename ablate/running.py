@@ -43,7 +43,7 @@ class Runner:
         """The dtype of outputs and gradients."""
         return torch.float64 if self.machine.dtype == torch.float64 else torch.float32
 
-    def rows_by_weights(self, rows: Tensor, placed: Placed, result: Tensor, first: int, total: int) -> None:
+    def rows_by_weights(self, rows: Tensor, placed: Placed, result: Tensor, first: int) -> None:
         """Fills `result` (rows, examples): the weights are set once per row, then the forward is the plain one."""
         for r, row in enumerate(rows):
             if row.dtype == torch.bool and self.closed == 0.0:
