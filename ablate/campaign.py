@@ -60,11 +60,13 @@ def run(
     place = store if store is not None else spec.settings.store
     if place is None:
         raise SpecError("CampaignSpec", ["store: missing. Name one in the spec, or pass store=."])
+    if spec.settings.rows is None:
+        raise SpecError("CampaignSpec", ["rows: missing. Give the number of keep-vectors to run."])
     with preserved_random_state():
         model, examples = spec.load()
         index = spec.make_index(model)
         settings = spec.settings
-        plan = KeepPlan(len(index), settings.rows, settings.ablate_fraction, settings.seed)
+        plan = KeepPlan(len(index), spec.settings.rows, settings.ablate_fraction, settings.seed)
         engine = spec.make_engine(model, index, examples)
         identity = campaign_identity(model_hash(model), examples, index, plan, engine, settings.block_rows)
         campaign = _open_or_create(place, spec, engine, identity, examples, plan, accept_versions)

@@ -59,7 +59,8 @@ class _Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    rows: int = Field(ge=1)
+    rows: int | None = Field(default=None, ge=1)
+    passes: Any = 100
     ablate_fraction: float = Field(gt=0, lt=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     precision: str = "float32"
@@ -72,6 +73,13 @@ class _Settings(BaseModel):
     device: str = "auto"
     store: str | None = None
     components: ComponentsSpec = ComponentsSpec()
+
+    @field_validator("passes")
+    @classmethod
+    def _passes(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 2):
+            raise ValueError(f"got {_short(value)}, expected 'auto' or an integer of at least 2")
+        return value
 
     @field_validator("device")
     @classmethod
@@ -117,8 +125,9 @@ class CampaignSpec:
     Args:
       model: An `nn.Module`, or a table like `{"source": "torchvision", "name": "resnet18"}`.
       data: `(inputs, targets)`, a `Dataset`, `Examples`, or a table like `{"source": "arrays", "path": "x.npz"}`.
-      rows: Number of keep-vectors.
-      ablate_fraction: Share of components switched off in each.
+      rows: Number of keep-vectors that a campaign runs; an estimate from gradients needs none.
+      passes: Passes of the gradient estimator, or "auto"; a campaign needs none.
+      ablate_fraction: Share of components switched off in each keep-vector.
       seed: Of the keep-vectors; row i depends on (seed, i) alone.
       output: A registered name or an instance of a subclass of `Output`.
       components: `{"kinds": [...], "include": [...], "exclude": [...]}`, or `{"preset": "coar-resnet"}`.

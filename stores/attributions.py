@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,10 @@ class AttributionStore:
         self.location = location
         self.where = describe_location(location)
         self._group = group
-        names = ("weights", "stderr", "bias", *(f"quality/{name}" for name in QUALITY))
-        self._blocks = Blocks(group, names, self.where)
         self.header: dict[str, Any] = dict(group.attrs)
+        self.quality_names = tuple(self.header.get("quality", QUALITY))
+        names = ("weights", "stderr", "bias", *(f"quality/{name}" for name in self.quality_names))
+        self._blocks = Blocks(group, names, self.where)
         self.example_count: int = self._blocks.rows
         self.block_examples: int = self._blocks.block
         self.component_count: int = self._blocks.arrays["weights"].shape[1]
@@ -55,8 +56,12 @@ class AttributionStore:
         components: Columns,
         examples: Columns,
         block_examples: int,
+        quality: Sequence[str] = QUALITY,
     ) -> AttributionStore:
         """Makes an empty store, whole or not at all, and returns it open for writing.
+
+        `quality` names the columns that say per example how good the estimate is; they may hold NaN, `correlation` is
+        always among them.
 
         Raises:
           StoreExistsError: Something is there already.
@@ -68,13 +73,14 @@ class AttributionStore:
             for name in ("weights", "stderr"):
                 add_block_array(group, name, example_count, block, component_count, "float32", (EXAMPLES, COMPONENTS))
             add_block_array(group, "bias", example_count, block, None, "float32", (EXAMPLES,))
-            quality = group.require_group("quality")
-            for name in QUALITY:
-                add_block_array(quality, name, example_count, block, None, "float32", (EXAMPLES,))
+            columns = group.require_group("quality")
+            for name in quality:
+                add_block_array(columns, name, example_count, block, None, "float32", (EXAMPLES,))
             add_ledger(group, example_count, block)
             write_columns(group, "examples", EXAMPLES, examples)
             write_columns(group, "components", COMPONENTS, components)
-            group.update_attributes({**header, "format": KIND, "format_version": FORMAT_VERSION})
+            own = {"quality": list(quality), "format": KIND, "format_version": FORMAT_VERSION}
+            group.update_attributes({**header, **own})
 
         create_group(location, fill)
         return cls(open_group(location, KIND, "r+"), location)
@@ -117,9 +123,9 @@ class AttributionStore:
 
     @property
     def quality(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Quality of the finished examples: held-out correlation and r2, ridge used, residual standard deviation."""
+        """Quality of the finished examples, one column per name in `quality_names`; `correlation` is held out."""
         rows = self._blocks.finished_rows()
-        return {name: self._blocks.take(f"quality/{name}", rows) for name in QUALITY}
+        return {name: self._blocks.take(f"quality/{name}", rows) for name in self.quality_names}
 
     @property
     def examples(self) -> dict[str, npt.NDArray[Any]]:
@@ -144,7 +150,7 @@ class AttributionStore:
 
         Only quality may hold NaN: the number is undefined there.
         """
-        self._blocks.write(block, values, undefined=[f"quality/{name}" for name in QUALITY])
+        self._blocks.write(block, values, undefined=[f"quality/{name}" for name in self.quality_names])
 
     def span(self, block: int) -> slice:
         """Returns the examples of a block."""

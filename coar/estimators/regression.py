@@ -7,25 +7,20 @@ Source: COAR (arXiv 2404.11534), Section 3, with ridge solved in closed form ins
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from zarr.abc.store import Store
-from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-import stores
 from ablate.progress import progress_bar
 from coar.attributions import Attributions
 from coar.errors import FitError
 from coar.estimators.normal import GramSums, Matrix, OutputSums, Spectrum, choose_ridge, solve
+from coar.estimators.storing import open_same, remove
 from coar.evaluate import correlation, explained_share
-from stores import AttributionStore, CampaignStore, DamagedBlockError, StoreMismatchError, StoreNotFoundError
+from stores import AttributionStore, CampaignStore
 from stores.schema import Location
 
 # Penalties that are tried, in units of the mean eigenvalue of the centred Gram matrix.
@@ -83,15 +78,24 @@ def fit(
         "ridge": "chosen per example" if ridge is None else float(ridge),
         "of": {key: campaign.header["identity"][key] for key in ("model", "data", "index", "plan", "output")},
     }
-    target = _open_same(place, identity, overwrite)
+    target = open_same(place, identity, overwrite)
     if target is None or target.missing_blocks():
         block = target.block_examples if target is not None else None
         plan = _MemoryPlan.make(campaign, len(finished.rows), memory, ridge is None, store is None, block)
         design = _read_design(campaign, finished.blocks, ridge)
         if target is None:  # only now: what cannot be fitted leaves nothing behind, and what is there alone
             if overwrite:
-                _remove(place)
-            target = _create(campaign, place, identity, plan.block)
+                remove(place)
+            target = AttributionStore.create(
+                place,
+                header={
+                    "identity": identity,
+                    **{key: campaign.header[key] for key in ("spec", "loadable", "index", "environments")},
+                },
+                components=campaign.components,
+                examples=campaign.examples,
+                block_examples=plan.block,
+            )
         _fit_missing(campaign, target, plan, design, finished.blocks, progress)
     return Attributions(AttributionStore.open(place))
 
@@ -169,58 +173,6 @@ class _MemoryPlan:
         if block is None:
             block = min(BLOCK_EXAMPLES, slab, examples)
         return cls(slab=slab // block * block, block=block)
-
-
-def _open_same(place: Location, identity: Mapping[str, Any], overwrite: bool) -> AttributionStore | None:
-    """Returns the store of this very fit, or None if there is none: nothing, or another fit that may be replaced."""
-    try:
-        store = AttributionStore.open(place, finish=True)
-    except StoreNotFoundError:
-        return None
-    except DamagedBlockError:
-        if overwrite:
-            return None
-        raise
-    found = stores.differences(store.header["identity"], identity)
-    if not found:
-        return store
-    if not overwrite:
-        raise StoreMismatchError(
-            f"Attribution store {store.where}",
-            found,
-            "Name another store, or replace this one with overwrite=True (`coar fit --overwrite`).",
-        )
-    return None
-
-
-def _remove(place: Location) -> None:
-    """Deletes an attribution store, damaged or not, if there is one; raises for anything else."""
-    with suppress(DamagedBlockError):
-        try:
-            AttributionStore.open(place, finish=True)
-        except StoreNotFoundError:
-            return
-    if isinstance(place, Store):
-        sync(place.clear())
-    else:
-        shutil.rmtree(place)
-
-
-def _create(campaign: CampaignStore, place: Location, identity: Mapping[str, Any], block: int) -> AttributionStore:
-    header: Mapping[str, Any] = {
-        "identity": identity,
-        "spec": campaign.header["spec"],
-        "loadable": campaign.header["loadable"],
-        "index": campaign.header["index"],
-        "environments": campaign.header["environments"],
-    }
-    return AttributionStore.create(
-        place,
-        header=header,
-        components=campaign.components,
-        examples=campaign.examples,
-        block_examples=block,
-    )
 
 
 @dataclass(frozen=True)

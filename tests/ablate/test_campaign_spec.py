@@ -94,6 +94,7 @@ def test_defaults() -> None:
     spec = _spec(model={"source": "digits"}, data={"source": "digits", "split": "test"})
     assert spec.describe() == {
         "rows": 6,
+        "passes": 100,
         "ablate_fraction": 0.25,
         "seed": 0,
         "precision": "float32",

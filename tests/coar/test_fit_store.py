@@ -74,7 +74,7 @@ def test_another_fit_is_refused_with_every_difference(noisy: CampaignStore, tmp_
     assert str(refused.value) == (
         f"Attribution store {path} was made from something else. What differs (stored -> now):\n"
         "  ridge: chosen per example -> 2.0\n"
-        "Name another store, or replace this one with overwrite=True (`coar fit --overwrite`)."
+        "Name another store, or replace this one with overwrite=True (`--overwrite`)."
     )
     assert _files(path) == before
 

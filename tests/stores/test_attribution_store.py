@@ -29,7 +29,13 @@ def test_everything_comes_back_as_written(attributions: AttributionStore, estima
         np.testing.assert_array_equal(values, estimates[f"quality/{name}"], strict=True)
     assert np.isnan(attributions.quality["correlation"]).tolist() == [False] * 5 + [True, False]
     assert (attributions.example_count, attributions.component_count, attributions.block_examples) == (7, 3, 3)
-    assert attributions.header == {"note": "by hand", "format": "attributions", "format_version": 1}
+    columns = ["correlation", "r2", "ridge", "residual_sd"]
+    assert attributions.header == {
+        "note": "by hand",
+        "quality": columns,
+        "format": "attributions",
+        "format_version": 1,
+    }
     assert attributions.examples["id"].tolist() == [f"ü{i}" for i in range(7)]
     assert attributions.components["name"].tolist() == ["conv0", "conv1", "conv2"]
     attributions.verify()
