@@ -1,8 +1,7 @@
 """Activation gating: a gate per example and component, differentiable, on a model that the engine owns.
 
 A layer whose own forward is the only use of its weight becomes a gated layer of the same class. Every other use
-(functional, packed into attention) is gated where it happens, by the identity of the weight. One formula serves every
-ablation: `lerp(baseline, y, gate)`, which is exactly `y` at gate 1 and exactly the baseline at gate 0, in every dtype.
+(functional, packed into attention) is gated where it happens, by the identity of the weight.
 """
 
 from __future__ import annotations
@@ -20,75 +19,9 @@ from ablate.ablation import Means
 from ablate.attention import attention_forward
 from ablate.components import ComponentIndex, Port
 from ablate.errors import GatingError
+from ablate.gates import EVERY_ROW, Gates, Tap
 from ablate.probe import Layout, ProbeReport, Use, no_fast_path
 from ablate.uses import Op, Rows, UseMode, linear_rows
-
-
-def apply_gate(values: Tensor, gate: Tensor, baseline: Tensor | None, layout: Layout, channels: int) -> Tensor:
-    """Returns `values` where the gate is 1, the baseline where it is 0, and the straight line between.
-
-    Args:
-      values: Any shape, with the examples as `layout` says and the channels along axis `channels`.
-      gate: (examples, channels) in the dtype of `values`.
-      baseline: (channels,), or None for zero.
-    """
-    axis, channels = layout.axis, channels % values.ndim
-    each = values.shape[axis] // len(gate)
-    shape = [1] * values.ndim
-    shape[channels] = values.shape[channels]
-    base = None if baseline is None else baseline.view(shape)
-    if each == 1:
-        shape[axis] = len(gate)
-        return _mix(values, gate.view(shape), base)
-    parts = (len(gate), each) if layout.blocked else (each, len(gate))
-    whole = values.reshape(*values.shape[:axis], *parts, *values.shape[axis + 1 :])
-    shape.insert(axis, 1)
-    shape[axis if layout.blocked else axis + 1] = len(gate)
-    base = None if base is None else base.unsqueeze(axis)
-    return _mix(whole, gate.view(shape), base).flatten(axis, axis + 1)
-
-
-def _mix(values: Tensor, gate: Tensor, baseline: Tensor | None) -> Tensor:
-    gate = gate.to(values.dtype)
-    return values * gate if baseline is None else torch.lerp(baseline.to(values.dtype), values, gate)
-
-
-@dataclass
-class Gates:
-    """What stands at one weight: gates (examples, channels) at its input and output, and what closed gates leave.
-
-    Without means, closed gates leave what a zeroed weight leaves: the bias at the output, nothing elsewhere.
-    """
-
-    inside: Tensor | None = None
-    outside: Tensor | None = None
-    branch: Tensor | None = None  # closes bias and all: the end of a residual branch
-    in_mean: Tensor | None = None  # (channels,), as are the others
-    out_mean: Tensor | None = None
-
-    @property
-    def closed_somewhere(self) -> bool:
-        """Whether any gate is set."""
-        return self.inside is not None or self.outside is not None or self.branch is not None
-
-    def close_input(self, x: Tensor, layout: Layout | None, channels: int) -> Tensor:
-        """Returns the input behind its gates."""
-        if self.inside is None:
-            return x
-        return apply_gate(x, self.inside, self.in_mean, cast(Layout, layout), channels)
-
-    def close_output(self, y: Tensor, bias: Tensor | None, layout: Layout | None, channels: int, rows: slice) -> Tensor:
-        """Returns the output behind its gates; `rows` are the channels of the weight that `y` holds."""
-        mean = None if self.out_mean is None else self.out_mean[rows]
-        if self.outside is not None:
-            baseline = bias if mean is None else mean
-            y = apply_gate(y, self.outside[:, rows], baseline, cast(Layout, layout), channels)
-        if self.branch is not None:
-            y = apply_gate(y, self.branch[:, rows], mean, cast(Layout, layout), channels)
-        return y
-
-
-EVERY_ROW = slice(None)
 
 
 class GatedLayer(nn.Module):
@@ -301,6 +234,17 @@ class ActivationGates:
                     site.gates.inside = _times(site.gates.inside, mine)
                 else:
                     site.gates.outside = _times(site.gates.outside, mine)
+
+    @contextmanager
+    def tapped(self) -> Iterator[None]:
+        """Notes what passes every gated weight for the time of a `with` block, at `sites[...].gates.tap`."""
+        try:
+            for site in self.sites.values():
+                site.gates.tap = Tap()
+            yield
+        finally:
+            for site in self.sites.values():
+                site.gates.tap = None
 
     def use_means(self, means: Means, dtype: torch.dtype) -> None:
         """Makes closed gates leave the mean activation."""

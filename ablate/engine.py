@@ -8,7 +8,6 @@ independent: a row's outputs depend on the keep-vector, the examples and the for
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 from ablate.ablation import Ablation, MeanAblation, get_ablation
 from ablate.arguments import (
-    check_device,
     check_logits,
     check_targets,
     checked_gates,
@@ -30,13 +28,15 @@ from ablate.arguments import (
     finite_outputs,
 )
 from ablate.components import ComponentIndex
+from ablate.copying import copy_of, device_of
 from ablate.data import Examples
 from ablate.errors import DataError, GatingError, OutOfMemoryError, UnknownNameError
 from ablate.explain import explain
 from ablate.machine import ATTENTION, Machine, Speed
 from ablate.memory import MemoryPlan
 from ablate.outputs import Output, get_output
-from ablate.placing import Placed
+from ablate.placing import Placed, two_inputs
+from ablate.prefix import rows_without_one
 from ablate.running import Runner
 from ablate.state import no_tf32, preserved_random_state
 
@@ -107,7 +107,7 @@ class Engine:
         index.check(model)
         self.index = index
         self.output = get_output(output)
-        self.device = _device_of(model) if device is None else torch.device(device)
+        self.device = device_of(model) if device is None else torch.device(device)
         self.precision = precision
         self.ablation = get_ablation(ablation)
         self.mode = mode
@@ -118,7 +118,7 @@ class Engine:
         self._memory_budget = memory_budget
         self._self_check = self_check
         self._name = type(model).__name__
-        self._model = _copy_of(model).eval().requires_grad_(False)
+        self._model = copy_of(model).eval().requires_grad_(False)
         self._runner: Runner | None = None
         self._placed: Placed | None = None
         if example_inputs is not None:
@@ -204,6 +204,27 @@ class Engine:
         examples = self._examples(inputs, targets)
         return self._per_example(checked_gates(gates, len(self.index), len(examples)), examples, gradients=True)
 
+    def leave_one_out(self, inputs: Any, targets: Any = None, components: Sequence[int] | None = None) -> Tensor:
+        """Returns the output of every example without each of these components, by default all. Mutates nothing.
+
+        The bits of `outputs` by weight gating, for keep-vectors with one component off.
+
+        Returns:
+          (components, examples), in the order given; dtype as `outputs`.
+
+        Cost: a forward of each batch, then for every component what comes after its weight is first read; for the first
+          batch a forward more, and that again for every weight.
+        Memory: the outputs of modules for one batch beside `outputs`; a `memory_budget` does not count them.
+        Errors: as `outputs`, with the position in `components` for the row; IndexError for a component that is none.
+        """
+        examples = self._examples(inputs, targets)
+        chosen = [self.index[c].id for c in (range(len(self.index)) if components is None else components)]
+        with self.session(examples) as (runner, chunks):
+            result = torch.empty((len(chosen), len(examples)), dtype=runner.dtype, device=self.device)
+            for first, placed in chunks:
+                rows_without_one(runner, chosen, placed, result[:, first : first + len(placed)], first)
+        return finite_outputs(result.cpu(), examples)
+
     def check(self, inputs: Any, targets: Any = None) -> None:
         """Checks the model with the first two of these examples, once; mutates nothing. The first call does so, too.
 
@@ -229,6 +250,13 @@ class Engine:
         examples = self._examples(inputs, targets)
         with self._running():
             return (runner := self._ready(examples)).plan(*self._few(examples, runner))
+
+    @contextmanager
+    def session(self, examples: Examples) -> Iterator[tuple[Runner, Iterator[tuple[int, Placed]]]]:
+        """Gives what runs the model, and the examples on its device in chunks: for other loops of this package."""
+        with self._running():
+            runner = self._ready(examples)
+            yield runner, self._chunks(examples, runner.batch_size)
 
     def _examples(self, inputs: Any, targets: Any) -> Examples:
         examples = Examples.of(inputs, targets)
@@ -285,7 +313,7 @@ class Engine:
         machine = Machine(
             self._model,
             self.index,
-            self._two(examples),
+            two_inputs(examples, self.device),
             device=self.device,
             dtype=PRECISIONS[self.precision],
             ablation=self.ablation,
@@ -301,13 +329,6 @@ class Engine:
         self._runner = runner
         self._model = nn.Identity()  # the machine has all that is needed
         return runner
-
-    def _two(self, examples: Examples) -> Tensor:
-        """Returns two different inputs, prepared in float64; of a single example, itself and its mirror image."""
-        raw = examples.inputs(0, min(2, len(examples)))
-        check_device(raw, self.device)
-        inputs = examples.prepared(raw.clone(), torch.float64)
-        return inputs if len(inputs) == 2 else torch.cat([inputs, inputs.flip(-1)])
 
     def _few(self, examples: Examples, runner: Runner) -> tuple[Tensor, Tensor]:
         """Returns up to four examples as the machine takes them."""
@@ -374,27 +395,3 @@ class Engine:
 
 def _unlabelled(inputs: Tensor) -> Examples:
     return Examples(inputs, torch.zeros(len(inputs), dtype=torch.int64))
-
-
-def _copy_of(model: nn.Module) -> nn.Module:
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        how = (
-            "compiled: pass the module it was made of (model._orig_mod)" if hasattr(model, "_orig_mod") else "scripted"
-        )
-        raise GatingError(f"This {type(model).__name__} is {how}. The engine gates first and compiles after.")
-    try:
-        with torch.inference_mode(False):
-            return copy.deepcopy(model)
-    except Exception as error:  # whatever the model's own attributes raise
-        raise DataError(
-            f"This {type(model).__name__} cannot be copied, and the engine works on a copy: {error}. If it keeps "
-            "activations as attributes, delete them, or run it under torch.no_grad()."
-        ) from error
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise DataError(f"The model is spread over {names}. Move it to one device, or pass device=.")
-    return devices.pop() if devices else torch.device("cpu")

@@ -30,9 +30,7 @@ def fold_batch_norms(model: nn.Module, folds: Sequence[tuple[str, str]], gated: 
         if gated_norm or owners[id(conv.weight)] > 1 or not _is_foldable(norm):
             continue
         with torch.no_grad():
-            scale = torch.rsqrt(norm.running_var + norm.eps)
-            if norm.weight is not None:
-                scale = scale * norm.weight
+            scale = norm_scale(norm)
             bias = norm.running_mean.new_zeros(()) if conv.bias is None else conv.bias
             shift = (bias - norm.running_mean) * scale
             if norm.bias is not None:
@@ -42,6 +40,13 @@ def fold_batch_norms(model: nn.Module, folds: Sequence[tuple[str, str]], gated: 
         _replace(model, norm_name, _what_remains(norm))
         folded[conv_name] = norm_name
     return folded
+
+
+def norm_scale(norm: Any) -> Tensor:
+    """Returns what a batch norm in eval mode multiplies each channel by, (channels,)."""
+    with torch.no_grad():
+        scale: Tensor = torch.rsqrt(norm.running_var + norm.eps)
+        return scale if norm.weight is None else scale * norm.weight
 
 
 def _what_remains(norm: nn.Module) -> nn.Module:

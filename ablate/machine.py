@@ -19,7 +19,7 @@ from ablate.activation import ActivationGates
 from ablate.compiling import compile_model
 from ablate.components import ComponentIndex
 from ablate.errors import DataError, GatingError
-from ablate.folding import add_missing_biases, fold_batch_norms, to_precision
+from ablate.folding import add_missing_biases, fold_batch_norms, norm_scale, to_precision
 from ablate.probe import ProbeReport, probe
 from ablate.reference import literal_logits
 from ablate.weights import WeightGates
@@ -100,6 +100,7 @@ class Machine:
         self.channels_last = has_convolutions if speed.channels_last is None else speed.channels_last
         self.shared = _shared(model, index)
         self.folded_into: dict[str, str] = {}
+        self.norm_scales = {conv: norm_scale(model.get_submodule(norm)) for conv, norm in self.report.folds}
         if speed.fold is not False:
             self.folded_into = fold_batch_norms(model, self.report.folds, {port.parameter for port in index.ports})
         means: Means | None = None
@@ -188,6 +189,14 @@ class Machine:
         """Returns the logits of prepared inputs, each under its own gates (examples, components); within `active`."""
         self.activation.set(gates.to(self.dtype))
         return self._run("gated", inputs, attention or self.attention)
+
+    def tapped(self, inputs: Tensor, gates: Tensor) -> Tensor:
+        """Returns what `gated` returns, never compiled: taps are lists."""
+        self.activation.set(gates.to(self.dtype))
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with self._attention(self.attention), eager:
+            result: Tensor = self.model(inputs)
+        return result
 
     def _run(self, what: str, inputs: Tensor, attention: str | None) -> Tensor:
         with self._attention(attention), _compiler() if self.compiled else nullcontext():

@@ -99,3 +99,11 @@ def _as_it_is(examples: Examples, dtype: torch.dtype, layout: torch.memory_forma
     """Returns whether inputs in memory can be used without a copy."""
     first = examples.inputs(0, 1)
     return examples.prepared(first, dtype) is first and (first.ndim != 4 or first.is_contiguous(memory_format=layout))
+
+
+def two_inputs(examples: Examples, device: torch.device) -> Tensor:
+    """Returns two different inputs, prepared in float64; of a single example, itself and its mirror image."""
+    raw = examples.inputs(0, min(2, len(examples)))
+    check_device(raw, device)
+    inputs = examples.prepared(raw.clone(), torch.float64)
+    return inputs if len(inputs) == 2 else torch.cat([inputs, inputs.flip(-1)])

@@ -49,10 +49,10 @@ class Runner:
             if row.dtype == torch.bool and self.closed == 0.0:
                 self.machine.weights.set_keep(row)
             else:
-                self.machine.weights.set_gates(self._as_gates(row))
+                self.machine.weights.set_gates(self.as_gates(row))
             for start, inputs, targets in placed.batches(self.batch_size):
-                logits = self.machine.plain(self._padded(inputs, self.batch_size))[: len(targets)]
-                result[r, start : start + len(targets)] = self._measure(logits, targets, first + start)
+                logits = self.machine.plain(self.padded(inputs, self.batch_size))[: len(targets)]
+                result[r, start : start + len(targets)] = self.measure(logits, targets, first + start)
 
     def rows_by_gates(self, rows: Tensor, placed: Placed, result: Tensor, first: int, total: int) -> None:
         """Fills `result` (rows, examples): several rows per forward where all examples together leave room for them."""
@@ -64,7 +64,7 @@ class Runner:
                 short = stack - len(chosen)
                 if short:  # the last rows run in as large a forward as all others: equal shapes, equal rounding
                     chosen = torch.cat([chosen, chosen[-1:].expand(short, -1)])
-                gates = self._as_gates(chosen)
+                gates = self.as_gates(chosen)
                 for start, inputs, targets in placed.batches(self.batch_size):
                     each = len(targets)
                     if stack > 1:
@@ -73,7 +73,7 @@ class Runner:
                     own = gates.repeat_interleave(each, dim=0)
                     logits = self._gated(inputs, own, self.batch_size)[: stack * each]
                     labels = targets.repeat(stack, *[1] * (targets.ndim - 1))
-                    values = self._measure(logits, labels, first + start).view(stack, each)
+                    values = self.measure(logits, labels, first + start).view(stack, each)
                     result[r : r + stack, start : start + each] = values[: stack - short]
 
     def per_example(self, gates: Tensor, placed: Placed, result: Tensor, slopes: Tensor | None, first: int) -> None:
@@ -85,33 +85,33 @@ class Runner:
                 own = gates[span].to(inputs.device, self.dtype, copy=True).requires_grad_(slopes is not None)
                 attention = None if slopes is None else self._attention_for_gradients(inputs, own)
                 logits = self._gated(inputs, own, size, attention)[: len(targets)]
-                values = self._measure(logits, targets, first + start)
+                values = self.measure(logits, targets, first + start)
                 if slopes is not None:
                     slopes[span] = _slopes(values, own)
                 result[span] = values.detach()
 
     def _gated(self, inputs: Tensor, gates: Tensor, size: int, attention: str | None = None) -> Tensor:
-        inputs = self._padded(inputs, size)
+        inputs = self.padded(inputs, size)
         missing = len(inputs) - len(gates)
         if missing:
             gates = torch.cat([gates, gates.new_ones((missing, gates.shape[1]))])
         return self.machine.gated(inputs, gates, attention)
 
-    def _padded(self, inputs: Tensor, size: int) -> Tensor:
+    def padded(self, inputs: Tensor, size: int) -> Tensor:
         """Returns the inputs filled up to a whole batch where the model is compiled for that shape alone."""
         missing = size - len(inputs)
         if not self.machine.compiled or missing <= 0:
             return inputs
         return torch.cat([inputs, inputs[-1:].expand(missing, *inputs.shape[1:])])
 
-    def _as_gates(self, rows: Tensor) -> Tensor:
+    def as_gates(self, rows: Tensor) -> Tensor:
         """Returns real gates on the device: those given, or what the ablation makes of keep-vectors."""
         rows = rows.to(self.machine.device)
         if rows.dtype != torch.bool:
             return rows.to(self.dtype)
         return torch.where(rows, torch.ones((), dtype=self.dtype, device=rows.device), self.closed)
 
-    def _measure(self, logits: Tensor, targets: Tensor, first: int) -> Tensor:
+    def measure(self, logits: Tensor, targets: Tensor, first: int) -> Tensor:
         """Returns the outputs (batch,) of a batch; looks at its labels the first time, which waits for the device."""
         if first not in self.checked:
             check_logits(logits, len(targets), self.output)

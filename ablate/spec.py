@@ -12,7 +12,9 @@ import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -54,6 +56,14 @@ class SpeedSpec(BaseModel):
     attention: str | None = None
 
 
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+_FRACTION_TAGS = ("one", "several")  # two schemas, so that a problem of one number is told as one
+
+
+def _one_or_several(value: Any) -> str:
+    return _FRACTION_TAGS[isinstance(value, (list, tuple))]
+
+
 class _Settings(BaseModel):
     """The part of a spec that is the same in TOML and Python."""
 
@@ -61,7 +71,10 @@ class _Settings(BaseModel):
 
     rows: int | None = Field(default=None, ge=1)
     passes: Any = 100
-    ablate_fraction: float = Field(gt=0, lt=1)
+    ablate_fraction: Annotated[
+        Annotated[Fraction, Tag("one")] | Annotated[tuple[Fraction, ...], Field(min_length=1), Tag("several")],
+        Discriminator(_one_or_several),
+    ]
     seed: int = Field(default=0, ge=0, lt=2**63)
     precision: str = "float32"
     mode: str = "auto"
@@ -79,6 +92,13 @@ class _Settings(BaseModel):
     def _passes(cls, value: Any) -> Any:
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 2):
             raise ValueError(f"got {_short(value)}, expected 'auto' or an integer of at least 2")
+        return value
+
+    @field_validator("ablate_fraction")
+    @classmethod
+    def _fractions_differ(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError(f"got {_short(list(value))}, expected numbers that differ")
         return value
 
     @field_validator("device")
@@ -127,7 +147,8 @@ class CampaignSpec:
       data: `(inputs, targets)`, a `Dataset`, `Examples`, or a table like `{"source": "arrays", "path": "x.npz"}`.
       rows: Number of keep-vectors that a campaign runs; an estimate from gradients needs none.
       passes: Passes of the gradient estimator, or "auto"; a campaign needs none.
-      ablate_fraction: Share of components switched off in each keep-vector.
+      ablate_fraction: Share of components switched off in each keep-vector; of several, row i has number
+        i % their count.
       seed: Of the keep-vectors; row i depends on (seed, i) alone.
       output: A registered name or an instance of a subclass of `Output`.
       components: `{"kinds": [...], "include": [...], "exclude": [...]}`, or `{"preset": "coar-resnet"}`.
@@ -337,9 +358,11 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
 
 
 def _path(location: tuple[int | str, ...]) -> list[str]:
-    """Returns the keys that lead to a problem, without the source that pydantic puts between a table and its key."""
-    sources = {"model": MODEL_SOURCES, "data": DATA_SOURCES}.get(str(location[0]) if location else "", ())
-    tags = {source.tag() for source in sources}
+    """Returns the keys that lead to a problem, without the tag that pydantic puts between a choice and its key."""
+    top = str(location[0]) if location else ""
+    tags = {source.tag() for source in {"model": MODEL_SOURCES, "data": DATA_SOURCES}.get(top, ())}
+    if top == "ablate_fraction":
+        tags = set(_FRACTION_TAGS)
     return [str(part) for i, part in enumerate(location) if i != 1 or part not in tags]
 
 

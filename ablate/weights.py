@@ -6,6 +6,7 @@ bit, those of a copy of the model whose weights were zeroed by hand.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +123,8 @@ class WeightGates:
         index.check(model)
         parameters = dict(model.named_parameters())
         found: dict[str, _Weight] = {}
+        self._firsts: list[int] = []  # the first component of each port
+        self._owners: list[int] = []  # and the position of its weight
         first = 0
         for port in index.ports:
             if port.parameter not in found:
@@ -145,6 +148,8 @@ class WeightGates:
                     None if out_mean is None else out_mean.to(weight.dtype),
                 )
             found[port.parameter].ports.append((first, port))
+            self._firsts.append(first)
+            self._owners.append(list(found).index(port.parameter))
             first += port.count
         self._weights = list(found.values())
         self._by_rows = all(site.by_rows for site in self._weights)
@@ -175,6 +180,35 @@ class WeightGates:
         """Makes the model run with these gates, (components,) real or bool on the model's device."""
         for site in self._weights:
             site.set_gates(gates)
+
+    def weight_of(self, component: int) -> int:
+        """Returns the position, among the gated weights, of the weight that a component is a slice of."""
+        return self._owners[bisect_right(self._firsts, component) - 1]
+
+    def changed_with(self, position: int) -> tuple[Tensor, ...]:
+        """Returns what changes with a gated weight: itself, and its bias where that depends on gates."""
+        site = self._weights[position]
+        return (site.weight, site.bias) if site.changes_bias and site.bias is not None else (site.weight,)
+
+    def close_one(self, component: int, row: Tensor) -> None:
+        """Makes the model run with a row of which only one component is closed; all weights are as they were made.
+
+        The same bits as `set_keep` for a row (components,) of bool, as `set_gates` for real gates. Touches one weight;
+        `restore_one` gives it back.
+        """
+        site = self._weights[self.weight_of(component)]
+        if row.dtype != torch.bool or not self._by_rows:
+            site.set_gates(row)
+        elif self._on_cpu:
+            site.set_rows(torch.tensor([component - site.ports[0][0]]))
+        elif self._by_product:
+            site.set_product(row.to(site.master.dtype))
+        else:
+            site.set_gates(row)
+
+    def restore_one(self, component: int) -> None:
+        """Gives the weight of a component its original value."""
+        self._weights[self.weight_of(component)].restore()
 
     def restore(self) -> None:
         """Gives every gated weight its original value, bit for bit."""

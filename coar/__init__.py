@@ -6,6 +6,11 @@ that the component supports the output.
 
 from coar.attributions import Attributions as Attributions
 from coar.attributions import open_attributions as open_attributions
+from coar.calibration import calibration as calibration
+from coar.comparing import Comparison as Comparison
+from coar.comparing import compare as compare
+from coar.cost import Cost as Cost
+from coar.cost import CostMeter as CostMeter
 from coar.editing.coar_edit import Ranking as Ranking
 from coar.editing.coar_edit import coar_edit as coar_edit
 from coar.editing.coar_edit import coar_scores as coar_scores
@@ -18,9 +23,16 @@ from coar.errors import EditError as EditError
 from coar.errors import EditMismatchError as EditMismatchError
 from coar.errors import FitError as FitError
 from coar.errors import QueryError as QueryError
+from coar.estimators.abstract import Estimator as Estimator
+from coar.estimators.estimate import estimate as estimate
+from coar.estimators.gradient import Gradient as Gradient
+from coar.estimators.registry import estimator_names as estimator_names
 from coar.estimators.regression import fit as fit
+from coar.evaluate import ABLATE_FRACTIONS as ABLATE_FRACTIONS
 from coar.evaluate import Evaluation as Evaluation
+from coar.evaluate import FractionEvaluation as FractionEvaluation
 from coar.evaluate import counterfactual_correlation as counterfactual_correlation
 from coar.evaluate import evaluate as evaluate
+from coar.evaluate import mean_interval as mean_interval
 from coar.metrics import GroupAccuracy as GroupAccuracy
 from coar.metrics import group_accuracy as group_accuracy

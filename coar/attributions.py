@@ -13,6 +13,7 @@ import pandas as pd
 from ablate import ComponentIndex, KeepError
 from ablate.errors import UnknownNameError
 from coar.errors import QueryError
+from coar.similarity import DIMENSIONS, EXACT_BYTES, cosines, projected, projection_error, shortlist_size
 from stores import AttributionStore, Rows
 from stores.schema import Location
 
@@ -106,14 +107,16 @@ class Attributions:
           sign: `both` by absolute weight, `positive` what supports the output, `negative` what works against it.
 
         Returns:
-          Columns component, name, module, layer, weight, stderr.
+          Columns component, name, module, layer, weight, stderr, and z: the weight in standard errors, NaN where the
+          standard error is zero.
         """
         self._check_example(example)
         self._check_count(k, len(self.index), "components")
         weights, stderr = self.weights[example], self.stderr[example]
         order = _strongest(weights, k, sign)
         table = pd.DataFrame({name: self.index.columns[name][order] for name in ("id", "name", "module", "layer")})
-        return table.rename(columns={"id": "component"}).assign(weight=weights[order], stderr=stderr[order])
+        table = table.rename(columns={"id": "component"}).assign(weight=weights[order], stderr=stderr[order])
+        return table.assign(z=table["weight"] / table["stderr"].where(table["stderr"] > 0))
 
     def predict(self, keep: npt.NDArray[np.bool_], examples: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
         """Returns the predicted outputs (rows, examples) float32 under keep-vectors (rows, components) bool.
@@ -132,21 +135,62 @@ class Attributions:
         parts = [kept @ weights.T + bias for weights, bias in self._blocks(examples)]
         return np.concatenate(parts, axis=1) if parts else np.zeros((len(keep), 0), dtype=np.float32)
 
-    def nearest(self, example: int, k: int = 5) -> pd.DataFrame:
+    def nearest(self, example: int, k: int = 5, *, exact: bool | None = None) -> pd.DataFrame:
         """Returns the k other examples with the most similar attributions (by cosine), most similar first.
 
-        Cost: reads all weights once, block by block.
+        Similarities are exact cosines of the weights. Where these are large, they are not compared with all others, but
+        with those that can be among the k best by a random projection, which is made once and kept: an example is
+        missed only where the projection of its cosine is off by more than four times its standard error.
+
+        Args:
+          example: Position.
+          k: How many.
+          exact: True: compare with all examples; False: with the projection's candidates; None: with all if the weights
+            are at most 64 MiB.
+
+        Returns:
+          Columns example, id, label, group, similarity.
+
+        Cost: all weights are read once, block by block: by each question if it is exact, else by the first one, which
+          makes the projection (2 KiB per example); then the blocks of the candidates are read: few where some examples
+          stand out, all where none does.
         """
         self._check_example(example)
         self._check_count(k, len(self) - 1, "other examples")
-        own = self.weights[example].astype(np.float64)
-        similarity = []
-        for weights, _ in self._blocks(None):
-            length = np.linalg.norm(weights, axis=1) * np.linalg.norm(own)
-            similarity.append((weights @ own) / np.where(length > 0, length, 1.0))
-        cosine = np.concatenate(similarity)
-        order = [int(i) for i in np.argsort(-cosine, kind="stable") if i != example][:k]
-        return self._example_table(order).assign(similarity=cosine[order])
+        own = self.weights[example]
+        few = shortlist_size(k)
+        if self._compare_all(exact) or few >= len(self) - 1:
+            cosine = self._cosines(np.arange(len(self)), own)
+        else:
+            similarity = self._projection @ self._projection[example]
+            similarity[example] = -np.inf
+            cosine = self._cosines(np.argpartition(-similarity, few - 1)[:few], own)
+            found = float(np.partition(cosine, -k)[-k])
+            possible = similarity >= found - projection_error(found, self._projection.shape[1])
+            cosine = np.maximum(cosine, self._cosines(np.flatnonzero(possible & np.isneginf(cosine)), own))
+        cosine[example] = -np.inf
+        order = np.argsort(-cosine, kind="stable")[:k]
+        return self._example_table(order.tolist()).assign(similarity=cosine[order])
+
+    def _compare_all(self, exact: bool | None) -> bool:
+        size = len(self) * len(self.index) * self.weights.dtype.itemsize
+        return size <= EXACT_BYTES if exact is None else exact
+
+    def _cosines(self, positions: npt.NDArray[np.intp], own: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Returns the cosine of all examples' weights with these weights, (examples,): -inf but at these positions."""
+        result = np.full(len(self), -np.inf)
+        for block in np.unique(positions // self.store.block_examples):
+            part = np.sort(positions[positions // self.store.block_examples == block])
+            rows = self.weights[part[0] : part[-1] + 1]  # a run: much faster to read than rows here and there
+            result[part] = cosines(rows[part - part[0]], own)
+        return result
+
+    @cached_property
+    def _projection(self) -> npt.NDArray[np.float32]:
+        """Random projections of all weights, of length one, (examples, dimensions)."""
+        components = len(self.index)
+        blocks = (weights for weights, _ in self._blocks(None))
+        return projected(blocks, len(self), components, dimensions=min(DIMENSIONS, components))
 
     def for_component(self, component: int, k: int = 20, sign: Sign = "both") -> pd.DataFrame:
         """Returns the k examples to which one component matters most, strongest first; ties by position.

@@ -148,9 +148,17 @@ def fit_campaign(
     out: Annotated[
         str | None, typer.Option(help="Where to write; default: STORE with -attributions before .zarr.")
     ] = None,
+    method: Annotated[str, typer.Option(help="ridge, ols or lasso.")] = "ridge",
     ridge: Annotated[
         float | None, typer.Option(help="One penalty for all examples; default: chosen per example.")
     ] = None,
+    ablate_fraction: Annotated[
+        float | None, typer.Option(help="Of a campaign with several, fit the rows of this one; default: all.")
+    ] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out/--fit-all", help="Measure quality on every tenth row, or fit all rows.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...: where the heavy products are computed.")] = "cpu",
     memory_gib: Annotated[float, typer.Option(min=0.01, max=1e6, help="Memory budget in GiB.")] = 2.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace attributions of another fit.")] = False,
     quiet: Quiet = False,
@@ -159,40 +167,51 @@ def fit_campaign(
     """Fit one linear attribution per example to a campaign's finished rows."""
     target = out if out is not None else f"{store.rstrip('/').removesuffix('.zarr')}-attributions.zarr"
     fitted = coar.fit(
-        store, target, ridge=ridge, memory=int(memory_gib * 2**30), overwrite=overwrite, progress=not quiet
+        store,
+        target,
+        method=method,  # type: ignore[arg-type]  # checked there
+        ridge=ridge,
+        ablate_fraction=ablate_fraction,
+        held_out=held_out,
+        device=device,
+        memory=int(memory_gib * 2**30),
+        overwrite=overwrite,
+        progress=not quiet,
     )
     mean = float(fitted.quality["correlation"].mean())
     rows = fitted.header["identity"]["rows"]
     if as_json:
         _print_json({"store": target, "rows": rows, "examples": len(fitted), "held_out_correlation": mean})
     else:
-        _say(
-            f"{len(fitted):,} attributions from {rows:,} rows in {target}. Held-out correlation, mean over examples: "
-            f"{mean:.3f}",
-            None,
-        )
+        quality = f"Held-out correlation, mean over examples: {mean:.3f}" if held_out else "No rows were held out."
+        _say(f"{len(fitted):,} attributions from {rows:,} rows in {target}. {quality}", None)
 
 
 @app.command()
 def evaluate(
     attributions: AttributionsPath,
-    rows: Annotated[int, typer.Option(min=2, help="Number of fresh keep-vectors.")] = 200,
-    ablate_fraction: Annotated[float | None, typer.Option(help="Share ablated; default: the campaign's.")] = None,
+    rows: Annotated[int, typer.Option(min=2, help="Number of fresh keep-vectors per ablate fraction.")] = 200,
+    ablate_fraction: Annotated[
+        list[float] | None, typer.Option(help="Share ablated; repeatable; default: the campaign's.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Must differ from the campaign's.")] = 1_000_003,
     as_json: Json = False,
 ) -> None:
     """Judge attributions on fresh keep-vectors: correlation of predicted with true outputs."""
     opened = coar.open_attributions(attributions)
     engine, examples = reload_engine(opened)
-    result = coar.evaluate(opened, engine, examples, rows=rows, ablate_fraction=ablate_fraction, seed=seed)
-    summary = result.summary()
+    result = coar.evaluate(opened, engine, examples, rows=rows, ablate_fraction=ablate_fraction or None, seed=seed)
     if as_json:
-        _print_json({"rows": rows, "ablate_fraction": result.ablate_fraction, **json.loads(summary.to_json())})
-    else:
-        _say(
-            f"Correlation on {rows} fresh keep-vectors, {result.ablate_fraction:.1%} ablated:",
-            pd.DataFrame({"statistic": summary.index, "value": summary.to_numpy()}),
-        )
+        _print_json({"rows": rows, "seed": seed, "fractions": _records(result.table())})
+        return
+    _say(f"Correlation on {rows} fresh keep-vectors; low and high: 95 % interval of the mean.", result.table())
+    for found in result.fractions:
+        if found.undefined:
+            _say(
+                f"At {found.ablate_fraction:g}, {found.undefined:,} of {len(opened):,} examples have no correlation: "
+                "their predicted or true outputs are the same in all rows.",
+                None,
+            )
 
 
 @app.command()
@@ -207,22 +226,56 @@ def top(
 ) -> None:
     """Show the components that matter most to one example."""
     opened = coar.open_attributions(attributions)
-    if (example is None) == (name is None):
-        raise typer.BadParameter("give either --example or --id")
+    position = _position(opened, example, name)
     if figure is not None and figure.suffix.removeprefix(".") not in plots.formats():
         raise typer.BadParameter(f"--figure is {figure}; its name must end in one of .{', .'.join(plots.formats())}")
-    position = opened.locate([name])[0] if example is None else example  # type: ignore[list-item]  # one is given
     table = opened.top(position, k, sign)  # type: ignore[arg-type]  # both are checked by top()
     if as_json:
         _print_json(_records(table))
     else:
-        row = opened.examples.iloc[position]
-        _say(f"Example {position}: id {row['id']}, label {row['label']}, group {row['group']}", table)
+        _say(_about(opened, position), table)
     if figure is not None:
         engine, examples = reload_engine(opened)
         curve = ablation_curve(opened, engine, examples, position, min(20, len(opened.index)))
         figure.parent.mkdir(parents=True, exist_ok=True)
         plots.top_components(opened, position, _picture(examples, position), curve, k).savefig(figure)
+
+
+@app.command()
+def nearest(
+    attributions: AttributionsPath,
+    example: Annotated[int | None, typer.Option(help="Position of the example.")] = None,
+    name: Annotated[str | None, typer.Option("--id", help="Id of the example.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many examples.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Show the examples whose attributions are most similar to one example's, by cosine."""
+    opened = coar.open_attributions(attributions)
+    position = _position(opened, example, name)
+    table = opened.nearest(position, k)
+    if as_json:
+        _print_json(_records(table))
+    else:
+        _say(_about(opened, position), table)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="An attribution store.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one, of the same components.")],
+    k: Annotated[int | None, typer.Option("-k", help="Size of the tops that are compared; default: 20.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far two attribution stores agree, on the examples both have."""
+    found = coar.compare(coar.open_attributions(a), coar.open_attributions(b), k=k)
+    if as_json:
+        measures = _records(found.summary())
+        differences = [str(difference) for difference in found.differences]
+        _print_json({"examples": len(found.examples), "k": found.k, "measures": measures, "differences": differences})
+        return
+    _say(repr(found), found.summary())
+    for difference in found.differences:
+        _say(f"Estimated differently: {difference}", None)
 
 
 @app.command()
@@ -306,6 +359,20 @@ def _say(text: str, table: pd.DataFrame | None) -> None:
     _out.print(text)
     if table is not None:
         _out.print(_rich_table(table))
+
+
+def _position(attributions: coar.Attributions, example: int | None, name: str | None) -> int:
+    """Returns the position of the example that was asked for by --example or --id."""
+    if example is None and name is not None:
+        return attributions.locate([name])[0]
+    if example is not None and name is None:
+        return example
+    raise typer.BadParameter("give either --example or --id")
+
+
+def _about(attributions: coar.Attributions, position: int) -> str:
+    row = attributions.examples.iloc[position]
+    return f"Example {position}: id {row['id']}, label {row['label']}, group {row['group']}"
 
 
 def _rich_table(table: pd.DataFrame) -> Table:

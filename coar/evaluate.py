@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import rankdata
 
 from ablate import Engine, Examples, KeepPlan
 from coar.attributions import Attributions
 from coar.errors import QueryError
 
 Floats = npt.NDArray[np.floating[Any]]
+
+# From far fewer ablations than campaigns make to far more: where a linear prediction is easy, and where it is not.
+ABLATE_FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+RESAMPLES = 2000
+RESAMPLED_AT_A_TIME = 2**22  # numbers drawn at a time: 32 MiB of positions
 
 
 def correlation(predicted: Floats, observed: Floats) -> npt.NDArray[np.float64]:
@@ -25,6 +31,36 @@ def correlation(predicted: Floats, observed: Floats) -> npt.NDArray[np.float64]:
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
     scale = np.sqrt((x**2).sum(axis=0) * (y**2).sum(axis=0))
     return np.where(constant, np.nan, (x * y).sum(axis=0) / np.where(constant, 1.0, scale))
+
+
+def rank_correlation(predicted: Floats, observed: Floats) -> npt.NDArray[np.float64]:
+    """Returns Spearman's correlation per column of two (rows, examples) arrays; NaN where one of them is constant."""
+    return correlation(rankdata(predicted, axis=0), rankdata(observed, axis=0))
+
+
+def mean_interval(values: npt.ArrayLike, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Returns the bootstrap interval (low, high) of the mean of values (examples,). Global random state is unchanged.
+
+    NaN are left out; with fewer than 2 other values there is no interval, and both ends are NaN. Resampled are the
+    examples: it says how far the mean would move with other examples of the same kind, not with other keep-vectors.
+
+    Cost: 2,000 means over as many values, in blocks of bounded memory.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, Chapter 13, the percentile interval.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    array = array[np.isfinite(array)]
+    if len(array) < 2:
+        return float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    step = max(1, RESAMPLED_AT_A_TIME // len(array))
+    means = np.concatenate(
+        [
+            array[generator.integers(0, len(array), (min(step, RESAMPLES - start), len(array)))].mean(axis=1)
+            for start in range(0, RESAMPLES, step)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def explained_share(predicted: Floats, observed: Floats) -> npt.NDArray[np.float64]:
@@ -64,30 +100,134 @@ def counterfactual_correlation(
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How well attributions predict fresh keep-vectors.
+class FractionEvaluation:
+    """How well attributions predict fresh keep-vectors of one ablate fraction.
 
     Attributes:
-      ablate_fraction, rows, seed: The keep-vectors.
-      correlations: Per example, (examples,).
-      predicted, actual: (rows, examples), in units of the output.
+      ablate_fraction: Share of components ablated.
+      correlations, spearman: Pearson's and Spearman's correlation per example, (examples,) float64; NaN where predicted
+        or true outputs are the same in all rows.
+      predicted, actual: (rows, examples) float32, in units of the output.
     """
 
     ablate_fraction: float
-    rows: int
-    seed: int
     correlations: npt.NDArray[np.float64]
+    spearman: npt.NDArray[np.float64]
     predicted: npt.NDArray[np.float32]
     actual: npt.NDArray[np.float32]
 
+    @classmethod
+    def of(
+        cls, ablate_fraction: float, predicted: npt.NDArray[np.float32], actual: npt.NDArray[np.float32]
+    ) -> FractionEvaluation:
+        """Returns the evaluation of predictions against true outputs, both (rows, examples). Mutates nothing."""
+        both = correlation(predicted, actual), rank_correlation(predicted, actual)
+        return cls(ablate_fraction, *both, predicted, actual)
+
+    @property
+    def undefined(self) -> int:
+        """For how many examples there is no correlation."""
+        return int((~np.isfinite(self.correlations)).sum())
+
     def summary(self) -> pd.Series[float]:
-        """Returns mean, quartiles, and the share of examples below 0.5."""
+        """Returns statistics of the examples' correlations; those that are not defined are left out.
+
+        Returns:
+          mean; low and high (95 % bootstrap interval of the mean, over examples: see `mean_interval`); 25%, median,
+          75%; share below 0.5; spearman (mean of Spearman's); examples (how many have a correlation).
+        """
         r = self.correlations[np.isfinite(self.correlations)]
-        low, median, high = np.quantile(r, [0.25, 0.5, 0.75]) if len(r) else (np.nan,) * 3
-        mean, below = (float(r.mean()), float((r < 0.5).mean())) if len(r) else (np.nan, np.nan)
+        ranked = self.spearman[np.isfinite(self.spearman)]
+        first, median, third = np.quantile(r, [0.25, 0.5, 0.75]) if len(r) else (np.nan,) * 3
+        low, high = mean_interval(r)
         return pd.Series(
-            {"mean": mean, "25%": low, "median": median, "75%": high, "share below 0.5": below, "examples": len(r)}
+            {
+                "mean": r.mean() if len(r) else np.nan,
+                "low": low,
+                "high": high,
+                "25%": first,
+                "median": median,
+                "75%": third,
+                "share below 0.5": (r < 0.5).mean() if len(r) else np.nan,
+                "spearman": ranked.mean() if len(ranked) else np.nan,
+                "examples": len(r),
+            }
         )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well attributions predict fresh keep-vectors of one or several ablate fractions.
+
+    Asked for numbers of one fraction (`correlations`, `summary()`, ...) it answers if there is but one; otherwise take
+    one with `at`.
+
+    Attributes:
+      rows: Keep-vectors per fraction.
+      seed: Of the keep-vectors. Row i of a larger fraction ablates what row i of a smaller one does, and more.
+      fractions: One evaluation per ablate fraction, in the order given.
+    """
+
+    rows: int
+    seed: int
+    fractions: tuple[FractionEvaluation, ...]
+
+    def __repr__(self) -> str:
+        means = (f"{f.summary()['mean']:.3f} at {100 * f.ablate_fraction:g} %" for f in self.fractions)
+        return f"<Evaluation: {self.rows} fresh keep-vectors, mean correlation {', '.join(means)} ablated>"
+
+    def at(self, ablate_fraction: float) -> FractionEvaluation:
+        """Returns the evaluation of one ablate fraction. Raises QueryError for one that was not evaluated."""
+        for found in self.fractions:
+            if found.ablate_fraction == ablate_fraction:
+                return found
+        raise QueryError(f"Nothing was evaluated at ablate fraction {ablate_fraction}, only at {self._known}.")
+
+    def table(self) -> pd.DataFrame:
+        """Returns one row per ablate fraction: `ablate_fraction` and the statistics of `FractionEvaluation.summary`."""
+        rows = [{"ablate_fraction": f.ablate_fraction, **f.summary().to_dict()} for f in self.fractions]
+        return pd.DataFrame(rows).astype({"examples": np.int64})
+
+    def summary(self) -> pd.Series[float]:
+        """Returns the statistics of the only ablate fraction, see `FractionEvaluation.summary`."""
+        return self._only.summary()
+
+    @property
+    def ablate_fraction(self) -> float:
+        """The only ablate fraction."""
+        return self._only.ablate_fraction
+
+    @property
+    def correlations(self) -> npt.NDArray[np.float64]:
+        """Pearson's correlation per example at the only ablate fraction, (examples,)."""
+        return self._only.correlations
+
+    @property
+    def spearman(self) -> npt.NDArray[np.float64]:
+        """Spearman's correlation per example at the only ablate fraction, (examples,)."""
+        return self._only.spearman
+
+    @property
+    def predicted(self) -> npt.NDArray[np.float32]:
+        """Predicted outputs at the only ablate fraction, (rows, examples)."""
+        return self._only.predicted
+
+    @property
+    def actual(self) -> npt.NDArray[np.float32]:
+        """True outputs at the only ablate fraction, (rows, examples)."""
+        return self._only.actual
+
+    @property
+    def _only(self) -> FractionEvaluation:
+        if len(self.fractions) != 1:
+            raise QueryError(
+                f"This evaluation has several ablate fractions, {self._known}: choose one with at(...), or see table()."
+            )
+        return self.fractions[0]
+
+    @property
+    def _known(self) -> str:
+        return ", ".join(f"{f.ablate_fraction:g}" for f in self.fractions)
 
 
 def evaluate(
@@ -96,31 +236,58 @@ def evaluate(
     examples: Examples,
     *,
     rows: int = 200,
-    ablate_fraction: float | None = None,
+    ablate_fraction: float | Sequence[float] | None = None,
     seed: int = 1_000_003,
 ) -> Evaluation:
-    """Returns the counterfactual correlation on keep-vectors drawn afresh, never those of the campaign.
+    """Returns the counterfactual correlation on keep-vectors drawn afresh, never those fitted. Mutates nothing.
+
+    Where a fraction of few components ablates none of them in any row, outputs are constant and there is no
+    correlation: NaN, counted by `FractionEvaluation.undefined`.
 
     Args:
       attributions: What is judged.
       engine: The model, with the same index and output.
       examples: All examples of the attributions, in their order.
-      rows: Number of fresh keep-vectors.
-      ablate_fraction: Share of components ablated; None: the campaign's.
-      seed: Must differ from the campaign's.
+      rows: Number of fresh keep-vectors per ablate fraction.
+      ablate_fraction: Share of components ablated, or several (`ABLATE_FRACTIONS` are customary); None: what the
+        attributions were estimated at.
+      seed: Must differ from that of the estimation.
 
-    Cost: rows x examples forwards.
+    Cost: rows x examples forwards per fraction; predicted and true outputs of all fractions are kept, 8 bytes for each.
 
     Raises:
-      QueryError: The campaign's seed, fewer than 2 rows, or an engine or examples that the attributions are not about.
+      QueryError: The campaign's seed, fewer than 2 rows, no fraction or the same one twice, or an engine or examples
+        that the attributions are not about.
+      KeepError: A fraction that is not between 0 and 1.
     """
-    plan = attributions.header["identity"]["of"]["plan"]
-    fraction = plan["ablate_fraction"] if ablate_fraction is None else ablate_fraction
-    if seed == plan["seed"]:
+    _check_subject(attributions, engine, examples, rows, seed)
+    fitted_at = attributions.header["identity"]["of"]["plan"]["ablate_fraction"]
+    fractions = _as_fractions(fitted_at if ablate_fraction is None else ablate_fraction)
+    plans = [KeepPlan(len(engine.index), rows, fraction, seed) for fraction in fractions]  # all checked before any runs
+    found = []
+    for fraction, plan in zip(fractions, plans, strict=True):
+        keep = plan.take(0, rows)
+        actual = engine.outputs(keep, examples).numpy().astype(np.float32, copy=False)
+        found.append(FractionEvaluation.of(fraction, attributions.predict(keep), actual))
+    return Evaluation(rows, seed, tuple(found))
+
+
+def _as_fractions(given: float | Sequence[float]) -> list[float]:
+    fractions = [float(f) for f in np.atleast_1d(np.asarray(given, dtype=np.float64))]
+    if not fractions:
+        raise QueryError("No ablate fraction given: pass one, several, or None for that of the attributions.")
+    if len(set(fractions)) != len(fractions):
+        raise QueryError(f"An ablate fraction is given twice: {', '.join(f'{f:g}' for f in fractions)}.")
+    return fractions
+
+
+def _check_subject(attributions: Attributions, engine: Engine, examples: Examples, rows: int, seed: int) -> None:
+    """Raises QueryError unless these are fresh rows, of the model, output and examples of the attributions."""
+    of = attributions.header["identity"]["of"]
+    if seed == of["plan"]["seed"]:
         raise QueryError(f"seed={seed} is the campaign's: its keep-vectors were used for fitting. Give another seed.")
     if rows < 2:
         raise QueryError(f"A correlation needs at least 2 keep-vectors, got rows={rows}.")
-    of = attributions.header["identity"]["of"]
     if engine.index != attributions.index:
         raise QueryError(f"The engine has index {engine.index.hash[:12]}, the attributions {of['index'][:12]}.")
     if engine.output.name != of["output"].split()[0]:
@@ -130,7 +297,3 @@ def evaluate(
             f"These {len(examples):,} examples are not the {len(attributions):,} of the attributions (data hash "
             f"{examples.hash[:12]}, expected {of['data'][:12]}). Give all of them, in the campaign's order."
         )
-    keep = KeepPlan(len(engine.index), rows, fraction, seed).take(0, rows)
-    actual = engine.outputs(keep, examples).numpy().astype(np.float32, copy=False)
-    predicted = attributions.predict(keep)
-    return Evaluation(fraction, rows, seed, correlation(predicted, actual), predicted, actual)

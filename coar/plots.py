@@ -12,9 +12,19 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from coar.attributions import Attributions
+from coar.errors import QueryError
 from coar.metrics import GroupAccuracy
 
 BLUE, RED, GREY = "#2b6cb0", "#c53030", "#718096"
+# Colours of falling lightness, each with a marker and a dash of its own: told apart in grey and by every eye.
+_LINES = (
+    ("#08306b", "o", "-"),
+    ("#b2560d", "s", "--"),
+    ("#1b7f5c", "^", "-."),
+    ("#8a5fb0", "D", ":"),
+    ("#c2708f", "v", (0, (5, 1, 1, 1, 1, 1))),
+    ("#7f8a99", "P", (0, (1, 2))),
+)
 _STYLE: Any = {
     "text.parse_math": False,  # ids and groups are the user's: a dollar sign is one
     "axes.spines.top": False,
@@ -129,6 +139,72 @@ def edit_sweep(sweeps: dict[str, pd.DataFrame], chosen: int) -> Figure:
         axes.set(xlabel="components ablated", ylabel="accuracy", title="How many components to ablate")
         axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def cost_quality(curves: pd.DataFrame, target: float | None = None, title: str = "") -> Figure:
+    """Returns correlation against cost, one labelled line per estimator, with the interval of the mean as a band.
+
+    Args:
+      curves: Columns estimator, budget, cost (plain forward passes), mean, low, high; one row per run. Drawn in order
+        of cost, the estimators in the order in which they first come; at most six.
+      target: A correlation, drawn as a dashed horizontal line.
+      title: Of the figure.
+    """
+    names = list(dict.fromkeys(curves["estimator"]))
+    if not 1 <= len(names) <= len(_LINES):
+        raise QueryError(f"There are {len(names)} estimators, expected 1 to {len(_LINES)}: give some of them.")
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        lines = {}
+        for name, (color, marker, dashes) in zip(names, _LINES, strict=False):
+            line = curves[curves["estimator"] == name].sort_values("cost")
+            axes.fill_between(line["cost"], line["low"], line["high"], color=color, alpha=0.15, linewidth=0)
+            axes.plot(
+                line["cost"], line["mean"], linestyle=dashes, color=color, marker=marker, markersize=5, label=name
+            )
+            lines[name] = line[["cost", "mean"]].to_numpy(dtype=np.float64)
+        if target is not None:
+            axes.axhline(target, color="black", linestyle="--", linewidth=0.8)
+            lines[f"target {target:g}"] = np.array([[x, target] for x in axes.get_xlim()])
+        axes.set(title=title, xlabel="cost in plain forward passes", ylabel="correlation, mean over examples")
+        axes.xaxis.set_major_formatter("{x:,g}")
+        _label_lines(axes, lines, [color for color, _, _ in _LINES[: len(names)]] + ["black"])
+    return figure
+
+
+def _label_lines(axes: Any, lines: dict[str, npt.NDArray[np.float64]], colors: Sequence[str]) -> None:
+    """Writes each line's name beside one of its points, where it covers least of the lines and no other name."""
+    (left, right), (bottom, top) = np.log(axes.get_xlim()), axes.get_ylim()
+    axes.set(xlim=np.exp([left, right]), ylim=(bottom, top))  # as they are now, whatever is drawn later
+    points = {  # in shares of width and height
+        name: np.stack([(np.log(line[:, 0]) - left) / (right - left), (line[:, 1] - bottom) / (top - bottom)], axis=1)
+        for name, line in lines.items()
+    }
+    drawn = np.concatenate([_along(line) for line in points.values()])
+    taken: list[npt.NDArray[np.float64]] = []
+    for (name, line), color in zip(points.items(), colors, strict=False):
+        half = np.array([0.0056 * len(name), 0.026])  # of a name's width and height
+        sides = [(1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1), (-1, 0)]
+        places = [at + (half + np.array([0.02, 0.015])) * side for at in line[::-1] for side in np.array(sides)]
+
+        def covered(place: npt.NDArray[np.float64], half: npt.NDArray[np.float64] = half) -> float:
+            outside = np.any(place - half < 0) or np.any(place + half > 1)
+            names = sum(bool(np.all(np.abs(place - other[0]) < half + other[1])) for other in taken)
+            return float(np.all(np.abs(drawn - place) < half, axis=1).sum() + 1000 * (int(outside) + names))
+
+        best = min(places, key=covered)
+        taken.append(np.stack([best, half]))
+        axes.text(*best, name, transform=axes.transAxes, ha="center", va="center", color=color, fontsize=9)
+
+
+def _along(line: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Returns points along a polyline, (points, 2), close together."""
+    if len(line) < 2:
+        return line
+    at = np.linspace(0, len(line) - 1, 60 * (len(line) - 1) + 1)
+    return np.stack([np.interp(at, np.arange(len(line)), line[:, axis]) for axis in (0, 1)], axis=1)
 
 
 def group_bars(before: GroupAccuracy, after: GroupAccuracy) -> Figure:

@@ -58,6 +58,10 @@ class Estimator(ABC):
     def memory(self, components: int) -> int:
         """Returns the bytes that one example of a block takes, apart from the engine's own forward."""
 
+    def fixed_memory(self, components: int) -> int:
+        """Returns the bytes that a block takes whatever the number of its examples."""
+        return 0
+
     def describe(self) -> dict[str, Any]:
         """Returns the method and its settings as JSON-able values: what a store of estimates is bound to."""
         return {"method": self.name, **asdict(self)}

@@ -1,14 +1,14 @@
-"""Regression: one ridge-regularised linear attribution per example from the finished blocks of a campaign.
+"""Regression: one linear attribution per example from the finished rows of a campaign, by ridge, OLS or lasso.
 
-Streaming and exact: sums over keep-vectors once, then slab by slab of examples, in a stated memory budget.
-Source: COAR (arXiv 2404.11534), Section 3, with ridge solved in closed form instead of by stochastic descent.
+Streaming and exact: the keep-vectors are decomposed once, then slab by slab of examples, in a stated memory budget.
+Source: COAR (arXiv 2404.11534), Section 3, solved exactly instead of by stochastic descent.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,192 +17,230 @@ from zarr.storage import MemoryStore
 from ablate.progress import progress_bar
 from coar.attributions import Attributions
 from coar.errors import FitError
-from coar.estimators.normal import GramSums, Matrix, OutputSums, Spectrum, choose_ridge, solve
+from coar.estimators.arrays import Arrays, Matrix, arrays_on
+from coar.estimators.budget import MemoryPlan
+from coar.estimators.lasso import LassoDesign, solve_lasso
+from coar.estimators.packed import PackedKeep
+from coar.estimators.ridge import Penalties, decompose, solve
+from coar.estimators.rows import CHOOSE, FIT, TEST, CampaignRows, campaign_fractions
+from coar.estimators.spectrum import Spectrum
 from coar.estimators.storing import open_same, remove
 from coar.evaluate import correlation, explained_share
 from stores import AttributionStore, CampaignStore
 from stores.schema import Location
 
+Method = Literal["ridge", "ols", "lasso"]
+METHODS = ("ridge", "ols", "lasso")
 # Penalties that are tried, in units of the mean eigenvalue of the centred Gram matrix.
 RIDGE_GRID: Matrix = np.logspace(-4, 3, 22)
-LEAST_ROWS = 20
-BLOCK_EXAMPLES = 256
+QUALITY = {
+    "ridge": ("correlation", "r2", "ridge", "residual_sd"),
+    "lasso": ("correlation", "r2", "lasso", "nonzero", "residual_sd"),
+}
 
 
 def fit(
     campaign: CampaignStore | str | os.PathLike[str],
     store: Location | None = None,
     *,
+    method: Method = "ridge",
     ridge: float | None = None,
+    ablate_fraction: float | None = None,
+    held_out: bool = True,
+    device: str = "cpu",
     memory: int = 2 * 2**30,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Attributions:
     """Returns one linear attribution per example, fitted to the finished rows of a campaign. The campaign is unchanged.
 
-    Of the finished rows, every tenth is held out and never fitted: quality is measured there. Without `ridge`, another
-    tenth is first used to choose a penalty per example from a grid, then fitted with the rest.
-
     Args:
       campaign: A campaign store or its path. Unfinished blocks are not used.
       store: Where to write the attributions; None: in memory. A finished store of the same fit is returned as it is,
         an unfinished one is finished.
+      method: `ridge`, `ols` (ordinary least squares, the same as ridge=0) or `lasso` (sparse weights; its penalty is
+        chosen per example on every tenth row, which is then fitted with the rest).
       ridge: One penalty for all examples, added to the diagonal of the centred Gram matrix (scikit-learn's `alpha`);
-        0 is ordinary least squares. None: chosen per example.
-      memory: Budget in bytes, for everything at once (with the result, if that is kept in memory).
+        0 is ordinary least squares. None: chosen per example by leave-one-out, in closed form, from a grid.
+      ablate_fraction: Of a campaign with several, fit the rows of this one; None: all rows.
+      held_out: Keep every tenth row out of the fit, and measure quality there. False: all rows are fitted, and
+        correlation and r2 are NaN.
+      device: Where the heavy products are computed: `cpu`, `cuda`, `cuda:0`, ...; the lasso's descent stays on the CPU.
+      memory: Budget in bytes, for everything at once (with the result, if that is kept in memory); on a CUDA device
+        it bounds the memory there, too.
       overwrite: Replace an attribution store of another fit.
       progress: Show a progress bar on stderr.
 
     Returns:
       Attributions: weights and standard errors (examples, components) and bias (examples,) in units of the output;
-      quality per example.
+      quality per example: held-out correlation and r2, the penalty, the residual standard deviation.
 
-    Cost: no forward passes; rows x components x (components + examples) multiplications, one or two
-      eigendecompositions (components^3).
+      Standard errors. Ridge and OLS: residual_sd * sqrt(diagonal of (K'K + ridge)^-1). For OLS the textbook's; for
+      ridge the posterior's, which counts the shrinkage as well as the noise: 95 % intervals cover about 95 % of the
+      components, but fewer of the few largest weights, which are shrunk the most. Lasso: those of least squares on the
+      components with weights, and for each other component that of its weight if it were added to them; 0 if it was
+      never ablated. They know nothing of the selection and the shrinkage, and are too small therefore.
+
+    Cost: no forward passes. With size = min(rows, components): rows x components x (size + about 12 examples)
+      multiplications, one eigendecomposition (size^3); the lasso three Gram matrices and a descent per example.
 
     Raises:
-      FitError: Too few rows, a budget too small (says what is needed), or ridge=0 where no solution is unique. What
-        was at `store` is then still there.
+      FitError: Too few rows, a budget too small (says what is needed), options that contradict each other, or least
+        squares where no solution is unique. What was at `store` is then still there.
       stores.StoreMismatchError: There is another fit at `store`.
     """
     # opened for reading: what is finished now, and nothing that a running campaign adds meanwhile
     campaign = CampaignStore.open(campaign.location if isinstance(campaign, CampaignStore) else campaign)
-    if ridge is not None and not (np.isfinite(ridge) and ridge >= 0):
-        raise FitError(f"ridge is {ridge}, expected a finite number >= 0, or None to choose one per example.")
-    finished = _Finished.now(campaign)
+    options = _Options.check(method, ridge)
+    arrays = arrays_on(device)
+    rows = CampaignRows.finished(campaign, ablate_fraction, held_out, choose=options.method == "lasso")
     place = store if store is not None else MemoryStore()
     identity = {
-        "method": "regression",
-        "campaign": finished.fingerprint,
-        "rows": len(finished.rows),
-        "ridge": "chosen per example" if ridge is None else float(ridge),
+        **options.describe(),
+        "campaign": campaign.fingerprint,
+        "rows": len(rows),
+        "held_out": held_out,
+        "ablate_fraction": ablate_fraction if len(campaign_fractions(campaign)) > 1 else None,
         "of": {key: campaign.header["identity"][key] for key in ("model", "data", "index", "plan", "output")},
     }
     target = open_same(place, identity, overwrite)
     if target is None or target.missing_blocks():
         block = target.block_examples if target is not None else None
-        plan = _MemoryPlan.make(campaign, len(finished.rows), memory, ridge is None, store is None, block)
-        design = _read_design(campaign, finished.blocks, ridge)
+        plan = MemoryPlan.make(rows, options.method, options.penalties, memory, store is None, block)
+        solver = (_Lasso if options.method == "lasso" else _Ridge).of(rows, options.ridge, arrays)
         if target is None:  # only now: what cannot be fitted leaves nothing behind, and what is there alone
             if overwrite:
                 remove(place)
+            kept = {key: campaign.header[key] for key in ("spec", "loadable", "index", "environments")}
             target = AttributionStore.create(
                 place,
-                header={
-                    "identity": identity,
-                    **{key: campaign.header[key] for key in ("spec", "loadable", "index", "environments")},
-                },
+                header={"identity": identity, **kept},
                 components=campaign.components,
                 examples=campaign.examples,
                 block_examples=plan.block,
+                quality=QUALITY["lasso" if options.method == "lasso" else "ridge"],
             )
-        _fit_missing(campaign, target, plan, design, finished.blocks, progress)
+        _fit_missing(rows, target, plan, solver, progress)
     return Attributions(AttributionStore.open(place))
 
 
 @dataclass(frozen=True)
-class _Finished:
-    """What of a campaign was finished when it was opened: it may be running, what it finishes later is not used."""
+class _Options:
+    """What is fitted: `ridge` is None for a penalty per example."""
 
-    blocks: list[int]
-    rows: npt.NDArray[np.int64]
-    fingerprint: str
+    method: str
+    ridge: float | None
 
     @classmethod
-    def now(cls, campaign: CampaignStore) -> _Finished:
-        """Returns the finished blocks, or raises FitError if they are too few to fit, choose and measure with."""
-        rows = campaign.finished_rows
-        if len(rows) < LEAST_ROWS or len(set(rows % 10) & {8, 9}) < 2:
-            lacking = "" if len(rows) < LEAST_ROWS else ", none of them numbered ...8 or none ...9"
+    def check(cls, method: str, ridge: float | None) -> _Options:
+        """Returns the options with ridge=0 and ols as one, or raises FitError."""
+        if method not in METHODS:
+            raise FitError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
+        if ridge is not None and method != "ridge":
+            raise FitError(f"ridge={ridge} is given beside method={method!r}. Give one of the two.")
+        if ridge is not None and not (np.isfinite(ridge) and ridge >= 0):
+            raise FitError(f"ridge is {ridge}, expected a finite number >= 0, or None to choose one per example.")
+        return cls("ols", 0.0) if method == "ols" or ridge == 0 else cls(method, ridge)
+
+    @property
+    def penalties(self) -> int:
+        """How many penalties a ridge tries."""
+        return len(RIDGE_GRID) if self.ridge is None else 1
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the options as JSON-able values."""
+        name = "lasso" if self.method == "lasso" else "ridge"
+        return {"method": self.method, name: "chosen per example" if self.ridge is None else float(self.ridge)}
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Of one slab: weights and stderr (components, examples), bias and quality columns (examples,)."""
+
+    weights: Matrix
+    stderr: Matrix
+    bias: Matrix
+    quality: dict[str, Matrix]
+
+
+@dataclass(frozen=True)
+class _Ridge:
+    """All that ridge regression needs of the keep-vectors."""
+
+    spectrum: Spectrum
+    penalties: Penalties
+    test: PackedKeep
+
+    @classmethod
+    def of(cls, rows: CampaignRows, ridge: float | None, arrays: Arrays) -> _Ridge:
+        keep = rows.keep()
+        spectrum = decompose(keep[FIT], arrays)
+        _refuse_no_effect(spectrum.scale, len(keep[FIT]))
+        if ridge == 0 and spectrum.deficient:
             raise FitError(
-                f"{campaign.where} has {len(rows)} finished rows{lacking}; a fit needs at least {LEAST_ROWS} (and as a "
-                "rule several times as many as there are components). Run more of the campaign first."
+                f"ridge=0 has no unique solution: {len(keep[FIT])} rows for {rows.campaign.component_count} "
+                "components, or a component that was never ablated. Run more rows, or give ridge > 0 (or None)."
             )
-        return cls(campaign.finished_blocks(), rows, campaign.fingerprint)
+        ridges = RIDGE_GRID * spectrum.scale if ridge is None else np.array([float(ridge)])
+        return cls(spectrum, Penalties.of(spectrum, ridges), keep[TEST])
+
+    def fit(self, outputs: dict[int, Matrix]) -> _Fitted:
+        """Returns the fit of one slab; `outputs` by role, centred in place."""
+        Y = outputs[FIT]
+        level = Y.mean(axis=0)
+        Y -= level
+        arrays = self.spectrum.arrays
+        found = solve(self.spectrum, self.penalties, arrays.put(Y))
+        bias = level - self.spectrum.keep.mean() @ found.weights
+        quality = {"ridge": found.ridge, "residual_sd": found.residual_sd}
+        return _Fitted(found.weights, found.stderr, bias, quality)
 
 
 @dataclass(frozen=True)
-class _Roles:
-    """Which rows of a block are fitted, which choose the penalty (and are fitted after), which measure quality."""
+class _Lasso:
+    """All that the lasso needs of the keep-vectors."""
 
-    fit: npt.NDArray[np.bool_]
-    choice: npt.NDArray[np.bool_]
-    test: npt.NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, span: slice, choose: bool) -> _Roles:
-        """Returns the roles of a run of plan rows: they depend on the row's number alone."""
-        digit = np.arange(span.start, span.stop) % 10
-        choice = (digit == 8) & choose
-        return cls(fit=(digit != 9) & ~choice, choice=choice, test=digit == 9)
-
-
-@dataclass(frozen=True)
-class _MemoryPlan:
-    """How many examples are fitted at a time so that everything stays inside the budget."""
-
-    slab: int
-    block: int
+    design: LassoDesign
+    arrays: Arrays
+    test: PackedKeep
 
     @classmethod
-    def make(
-        cls, campaign: CampaignStore, finished: int, memory: int, choose: bool, keep_result: bool, block: int | None
-    ) -> _MemoryPlan:
-        """Returns the plan for so many finished rows; `block` is given for a store that was begun: its block size."""
-        components, examples, rows = campaign.component_count, campaign.example_count, campaign.block_rows
-        held_out = finished // 10 + 1
-        grid = len(RIDGE_GRID) if choose else 1
-        fixed = 8 * (
-            7 * components**2  # two Gram sums, their eigenvectors, work space of eigh
-            + (4 if choose else 2) * held_out * components  # held-out keep-vectors, as they are and rotated
-            + 3 * rows * components  # one block of keep-vectors
-            + 4 * grid * components
+    def of(cls, rows: CampaignRows, _: float | None, arrays: Arrays) -> _Lasso:
+        keep = rows.keep()
+        design = LassoDesign.of(keep[FIT], keep[CHOOSE], arrays)
+        _refuse_no_effect(float(np.trace(design.gram)), len(keep[FIT]) + len(keep[CHOOSE]))
+        return cls(design, arrays, keep[TEST])
+
+    def fit(self, outputs: dict[int, Matrix]) -> _Fitted:
+        """Returns the fit of one slab; `outputs` by role."""
+        tried, judging = outputs[FIT], outputs[CHOOSE]
+        found = solve_lasso(self.design, tried, judging, self.arrays)
+        first, second = len(tried), len(judging)
+        level = (tried.sum(axis=0) + judging.sum(axis=0)) / (first + second)
+        mean = (first * self.design.tried.mean() + second * self.design.judging.mean()) / (first + second)
+        quality = {"lasso": found.lasso, "nonzero": found.nonzero, "residual_sd": found.residual_sd}
+        return _Fitted(found.weights, found.stderr, level - mean @ found.weights, quality)
+
+
+def _refuse_no_effect(spread: float, rows: int) -> None:
+    if spread <= 0:
+        raise FitError(
+            f"The {rows} rows to fit all have the same keep-vector: there is no effect of ablating to see. "
+            "Run more rows, or a campaign with a larger ablate_fraction."
         )
-        fixed += 3 * rows * examples * 4 + 32 * 2**20  # one checked block as stored; libraries' own buffers
-        if keep_result:
-            fixed += 3 * 4 * components * examples
-        each = 8 * (8 * components + 5 * held_out + 3 * rows + 4 * grid)
-        slab = int((memory - fixed) // each) if memory > fixed else 0
-        least = 1 if block is None else block
-        if slab < least:
-            raise FitError(
-                f"memory={memory:,} bytes is too small to fit {components:,} components: at least "
-                f"{fixed + least * each:,} are needed, {fixed + max(64, least) * each:,} or more are comfortable."
-                + (" Pass store=PATH so that the result need not be kept in memory." if keep_result else "")
-            )
-        if block is None:
-            block = min(BLOCK_EXAMPLES, slab, examples)
-        return cls(slab=slab // block * block, block=block)
-
-
-@dataclass(frozen=True)
-class _Design:
-    """Everything about the keep-vectors: decompositions, and the held-out rows in memory."""
-
-    fit: Spectrum
-    choose: Spectrum | None
-    test: Matrix
-    choice: Matrix
-    ridges: Matrix
-    variances: Matrix
 
 
 def _fit_missing(
-    campaign: CampaignStore,
-    target: AttributionStore,
-    plan: _MemoryPlan,
-    design: _Design,
-    finished: Sequence[int],
-    progress: bool,
+    rows: CampaignRows, target: AttributionStore, plan: MemoryPlan, solver: _Ridge | _Lasso, progress: bool
 ) -> None:
     missing = set(target.missing_blocks())
-    done = campaign.example_count if not missing else 0
-    with progress_bar("fit", campaign.example_count, done, "example", progress) as bar:
-        for start in range(0, campaign.example_count, plan.slab):
-            examples = slice(start, min(start + plan.slab, campaign.example_count))
+    count = target.example_count
+    with progress_bar("fit", count, count if not missing else 0, "example", progress) as bar:
+        for start in range(0, count, plan.slab):
+            examples = slice(start, min(start + plan.slab, count))
             blocks = [b for b in target.blocks_of(examples) if b in missing]
             if blocks:
-                values = _fit_slab(campaign, finished, design, examples)
+                values = _fit_slab(rows, solver, examples)
                 for b in blocks:
                     span = target.span(b)
                     part = slice(span.start - start, span.stop - start)
@@ -210,72 +248,15 @@ def _fit_missing(
             bar.update(examples.stop - examples.start)
 
 
-def _read_design(campaign: CampaignStore, finished: Sequence[int], ridge: float | None) -> _Design:
-    sums, extra = GramSums(campaign.component_count), GramSums(campaign.component_count)
-    test, choice = [], []
-    for block in finished:
-        keep, _ = campaign.read_block(block)  # checked against its sha256, once
-        roles = _Roles.of(campaign.span(block), choose=ridge is None)
-        sums.add(keep[roles.fit].astype(np.float64))
-        extra.add(keep[roles.choice].astype(np.float64))
-        test.append(keep[roles.test])
-        choice.append(keep[roles.choice])
-    chooser = Spectrum.of(sums) if ridge is None else None
-    sums.merge(extra)
-    del extra
-    spectrum = Spectrum.of(sums)
-    del sums
-    if not spectrum.values.any():
-        raise FitError(
-            f"The {spectrum.rows} rows to fit all have the same keep-vector: there is no effect of ablating to see. "
-            "Run more rows, or a campaign with a larger ablate_fraction."
-        )
-    if ridge == 0 and spectrum.deficient:
-        raise FitError(
-            f"ridge=0 has no unique solution: {spectrum.rows} rows for {campaign.component_count} components, or a "
-            "component that was never ablated. Run more rows, or give ridge > 0 (or None)."
-        )
-    ridges = RIDGE_GRID * spectrum.scale if ridge is None else np.array([float(ridge)])
-    return _Design(
-        fit=spectrum,
-        choose=chooser,
-        test=np.concatenate(test).astype(np.float64),
-        choice=np.concatenate(choice).astype(np.float64),
-        ridges=ridges,
-        variances=spectrum.variances(ridges),
-    )
-
-
-def _fit_slab(
-    campaign: CampaignStore, finished: Sequence[int], design: _Design, examples: slice
-) -> dict[str, npt.NDArray[np.float32]]:
+def _fit_slab(rows: CampaignRows, solver: _Ridge | _Lasso, examples: slice) -> dict[str, npt.NDArray[np.float32]]:
     """Returns the arrays of an attribution store for one slab of examples."""
-    shift = campaign.read_outputs(finished[0], examples)[0].astype(np.float64)
-    sums = OutputSums(campaign.component_count, shift)
-    extra = OutputSums(campaign.component_count, shift)
-    test, choice = [], []
-    for block in finished:
-        K = campaign.read_keep(block).astype(np.float64)
-        Y = campaign.read_outputs(block, examples).astype(np.float64)
-        roles = _Roles.of(campaign.span(block), choose=design.choose is not None)
-        sums.add(K[roles.fit], Y[roles.fit])
-        extra.add(K[roles.choice], Y[roles.choice])
-        test.append(Y[roles.test])
-        choice.append(Y[roles.choice])
-    chosen = np.zeros(len(shift), dtype=np.intp)
-    if design.choose is not None:
-        chosen = choose_ridge(design.choose, design.ridges, sums, design.choice, np.concatenate(choice))
-        sums.merge(extra)
-    solution = solve(design.fit, design.ridges, design.variances, chosen, sums)
-    observed = np.concatenate(test)
-    predicted = design.test @ solution.weights + solution.bias
-    values = {
-        "weights": solution.weights.T,
-        "stderr": solution.stderr.T,
-        "bias": solution.bias,
-        "quality/correlation": correlation(predicted, observed),
-        "quality/r2": explained_share(predicted, observed),
-        "quality/ridge": design.ridges[chosen],
-        "quality/residual_sd": solution.residual_sd,
-    }
+    outputs = rows.outputs(examples)
+    found = solver.fit(outputs)
+    observed = outputs[TEST]
+    quality = {"correlation": np.full(observed.shape[1], np.nan), "r2": np.full(observed.shape[1], np.nan)}
+    if len(observed):
+        predicted = solver.test.predict(found.weights) + found.bias
+        quality = {"correlation": correlation(predicted, observed), "r2": explained_share(predicted, observed)}
+    values = {"weights": found.weights.T, "stderr": found.stderr.T, "bias": found.bias}
+    values |= {f"quality/{name}": value for name, value in {**quality, **found.quality}.items()}
     return {name: value.astype(np.float32) for name, value in values.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import ablate
-from ablate.activation import apply_gate
+from ablate.gates import apply_gate
 from ablate.probe import Layout
 
 # layout -> from (examples, positions, channels) to the tensor a layer sees, and the axis of its channels

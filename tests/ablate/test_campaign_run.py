@@ -188,6 +188,27 @@ def test_another_campaign_is_refused_and_every_difference_named(
     assert [difference.key for difference in caught.value.differences] == keys
 
 
+def test_several_ablate_fractions(data: tuple[Tensor, Any, Any, Any], toml: Path) -> None:
+    """Row i has fraction i % 3, from Python as from a file; the header says which, and the spec in it runs again."""
+    settings = SETTINGS | {"ablate_fraction": [0.1, 0.4, 0.8]}
+    result = ablate.run(ablate.CampaignSpec(model=_net(), data=data, **settings), MemoryStore(), progress=False)
+    keep = result.keep[:]
+    for i, row in enumerate(keep):
+        assert np.array_equal(row, ablate.KeepPlan(keep.shape[1], 7, (0.1, 0.4, 0.8)[i % 3], 4).row(i))
+    assert result.header["identity"]["plan"]["ablate_fraction"] == [0.1, 0.4, 0.8]
+    assert result.header["spec"]["ablate_fraction"] == [0.1, 0.4, 0.8]
+
+    toml.write_text(toml.read_text().replace("ablate_fraction = 0.25", "ablate_fraction = [0.1, 0.4, 0.8]"))
+    from_file = ablate.run(toml, progress=False)
+    assert np.array_equal(from_file.keep[:], keep)
+    again = ablate.CampaignSpec.from_dict(from_file.header["spec"], "header")
+    assert again.settings.ablate_fraction == (0.1, 0.4, 0.8)
+    assert ablate.run(again, progress=False).fingerprint == from_file.fingerprint  # the same store: nothing differs
+    with pytest.raises(StoreMismatchError) as caught:
+        ablate.run(ablate.CampaignSpec.from_dict({**from_file.header["spec"], "ablate_fraction": 0.1}, "header"))
+    assert "plan.ablate_fraction" in [difference.key for difference in caught.value.differences]
+
+
 def test_another_model_or_data_set_is_refused(data: tuple[Tensor, Any, Any, Any]) -> None:
     place = MemoryStore()
     ablate.run(ablate.CampaignSpec(model=_net(), data=data, **SETTINGS), place, progress=False)

@@ -239,6 +239,9 @@ TEST: dict[str, Any] = {"source": "digits", "split": "test"}
             {"ablate_fraction": "a"},
             "ablate_fraction: got 'a', but it should be a valid number, unable to parse string as",
         ),
+        ({"ablate_fraction": [0.1, 2]}, "ablate_fraction.1: got 2, but it should be less than 1."),
+        ({"ablate_fraction": [0.1, 0.1]}, "ablate_fraction: got [0.1, 0.1], expected numbers that differ."),
+        ({"ablate_fraction": []}, "ablate_fraction: got [], but tuple should have at least 1 item"),
         ({"rows": 2.5}, "rows: got 2.5, but it should be a valid integer, got a number with a fractional part."),
         ({"seed": -1}, "seed: got -1, but it should be greater than or equal to 0."),
         (

@@ -125,11 +125,17 @@ def test_the_description_holds_everything_a_row_depends_on() -> None:
         ((5, 5, 0.0, 0), "ablate_fraction is 0.0, expected a number between 0 and 1 (exclusive)."),
         ((5, 5, 1.0, 0), "ablate_fraction is 1.0, expected a number between 0 and 1 (exclusive)."),
         ((5, 5, float("nan"), 0), "ablate_fraction is nan, expected a number between 0 and 1 (exclusive)."),
+        ((5, 5, [0.1, 1.5], 0), "ablate_fraction is 1.5, expected a number between 0 and 1 (exclusive)."),
+        ((5, 5, [], 0), "ablate_fraction is [], expected a number, or one or more numbers that differ."),
+        (
+            (5, 5, (0.1, 0.1), 0),
+            "ablate_fraction is [0.1, 0.1], expected a number, or one or more numbers that differ.",
+        ),
         ((5, 5, 0.1, -1), "seed is -1, expected an integer from 0 to 2**63 - 1."),
         ((5, 5, 0.1, 2**63), f"seed is {2**63}, expected an integer from 0 to 2**63 - 1."),
     ],
 )
-def test_plans_that_cannot_be(arguments: tuple[int, int, float, int], message: str) -> None:
+def test_plans_that_cannot_be(arguments: tuple[int, int, Any, int], message: str) -> None:
     with pytest.raises(ablate.KeepError) as caught:
         ablate.KeepPlan(*arguments)
     assert str(caught.value) == message
@@ -144,3 +150,41 @@ def test_rows_that_do_not_exist() -> None:
         message = rf"^Keep rows {start} to {stop} do not exist; give 0 <= start <= stop <= 4\.$"
         with pytest.raises(IndexError, match=message):
             plan.take(start, stop)
+
+
+def test_of_several_fractions_each_row_has_its_own() -> None:
+    plan = ablate.KeepPlan(components=200, rows=9, ablate_fraction=[0.02, 0.3, 0.6], seed=7)
+    keep = plan.take(0, 9)
+    for i in range(9):
+        alone = ablate.KeepPlan(200, 9, (0.02, 0.3, 0.6)[i % 3], 7)
+        assert np.array_equal(keep[i], alone.row(i))
+        assert np.array_equal(keep[i], plan.row(i))
+    shares = (~keep).mean(axis=1).reshape(3, 3)
+    np.testing.assert_allclose(shares, np.tile([0.02, 0.3, 0.6], (3, 1)), atol=0.12)
+
+
+def test_several_fractions_are_described() -> None:
+    plan = ablate.KeepPlan(10, 4, [0.25, 0.5], 6)
+    assert plan.describe() == {
+        "algorithm": (
+            "philox4x64(key=(seed, row)) raw 64-bit word per component, ablated if word < ablate_fraction * 2**64; "
+            "row i has ablate_fraction[i % (number of fractions)]"
+        ),
+        "components": 10,
+        "rows": 4,
+        "ablate_fraction": [0.25, 0.5],
+        "seed": 6,
+    }
+    assert plan == ablate.KeepPlan(10, 4, (0.25, 0.5), 6)
+    assert hash(plan) == hash(ablate.KeepPlan(10, 4, np.array([0.25, 0.5]), 6))
+    assert plan.fractions == (0.25, 0.5)
+    assert plan.hash != ablate.KeepPlan(10, 4, [0.5, 0.25], 6).hash
+
+
+def test_a_list_of_one_fraction_is_that_fraction() -> None:
+    one, plan = ablate.KeepPlan(10, 4, [0.25], 6), ablate.KeepPlan(10, 4, 0.25, 6)
+    assert one == plan
+    assert one.hash == plan.hash
+    assert one.describe()["ablate_fraction"] == 0.25
+    # as it was before there could be several: stores of old campaigns go on
+    assert plan.hash == "2f8e5a3e74ee29445381fec3b733397e85573a9549add9ac9defeb5be979b49d"

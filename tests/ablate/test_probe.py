@@ -516,7 +516,7 @@ def test_the_head_and_attention_are_found(inputs: Tensor) -> None:
 
 def test_the_self_check_sees_a_broken_gate(inputs: Tensor, targets: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that cannot fail checks nothing: each way of gating broken in turn."""
-    from ablate import activation, weights
+    from ablate import gates, weights
 
     model = _net()
     index = ComponentIndex.from_model(model, KINDS)
@@ -528,9 +528,9 @@ def test_the_self_check_sees_a_broken_gate(inputs: Tensor, targets: Tensor, monk
         set_gates(self, gates)
         self.weight[: len(self.weight) // 2] = self.master[: len(self.weight) // 2]
 
-    apply, set_gates = activation.apply_gate, weights._Weight.set_gates
+    apply, set_gates = gates.apply_gate, weights._Weight.set_gates
     for where, name, broken, what in (
-        (activation, "apply_gate", forgets_the_bias, "Activation"),
+        (gates, "apply_gate", forgets_the_bias, "Activation"),
         (weights._Weight, "set_gates", sets_half, "Weight"),
     ):
         with monkeypatch.context() as patch:

@@ -34,7 +34,7 @@ def _index(components: int) -> ComponentIndex:
     )
 
 
-def _header(index: ComponentIndex, rows: int, ablate_fraction: float) -> dict[str, Any]:
+def _header(index: ComponentIndex, rows: int, ablate_fraction: float | Sequence[float]) -> dict[str, Any]:
     plan = KeepPlan(len(index), rows, ablate_fraction, PLAN_SEED)
     return {
         "identity": {
@@ -75,7 +75,7 @@ def write_campaign() -> Callable[..., CampaignStore]:
         blocks: Sequence[int] | None = None,
         ids: Sequence[str] | None = None,
         groups: Sequence[str] | None = None,
-        ablate_fraction: float = 0.3,
+        ablate_fraction: float | Sequence[float] = 0.3,
     ) -> CampaignStore:
         index = _index(keep.shape[1])
         store = CampaignStore.create(

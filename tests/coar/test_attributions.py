@@ -17,6 +17,7 @@ import coar
 from stores.blocks import Blocks
 
 Attributions = coar.Attributions
+Floats = npt.NDArray[np.floating[Any]]
 WriteAttributions = Callable[..., Attributions]
 
 WEIGHTS = np.array([[1, -3, 0, 3, 0.5], [0, 0, 0, 0, 0], [2, -1, 4, 1, -4], [-2, 6, 0, -6, -1], [1, 1, 1, 1, 1]])
@@ -52,10 +53,11 @@ def test_shapes_length_and_repr(attributions: Attributions) -> None:
 )
 def test_top_by_sign_with_ties_by_id(attributions: Attributions, sign: Any, expected: list[int]) -> None:
     table = attributions.top(0, k=5, sign=sign)
-    assert list(table) == ["component", "name", "module", "layer", "weight", "stderr"]
+    assert list(table) == ["component", "name", "module", "layer", "weight", "stderr", "z"]
     assert table["component"].tolist() == expected
     assert table["weight"].tolist() == WEIGHTS[0][expected].tolist()
     assert table["stderr"].tolist() == (np.abs(WEIGHTS[0][expected]) / 4).tolist()
+    np.testing.assert_array_equal(table["z"], [np.nan if i == 2 else np.sign(WEIGHTS[0][i]) * 4 for i in expected])
     assert table["name"].tolist() == [attributions.index[i].name for i in expected]
     assert table["layer"].tolist() == [0 if i < 3 else 1 for i in expected]
 
@@ -133,6 +135,76 @@ def test_nearest_with_weights_that_are_all_zero(attributions: Attributions) -> N
     with pytest.raises(coar.QueryError) as refused:
         attributions.nearest(0, k=5)
     assert str(refused.value) == "k is 5, expected 1 to 4: there are 4 other examples."
+
+
+def _clusters(examples: int, components: int, each: int, spread: float, seed: int = 0) -> Floats:
+    """Examples in clusters of `each`, whose cosines among themselves are about 1 / (1 + spread^2)."""
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(-(-examples // each), components))
+    weights = np.repeat(centres, each, axis=0)[:examples] + spread * generator.normal(size=(examples, components))
+    return weights[generator.permutation(examples)].astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_projections_candidates_hold_the_true_neighbours(write_attributions: WriteAttributions, seed: int) -> None:
+    weights = _clusters(400, 700, each=6, spread=1.0, seed=seed)
+    weights[17] = 0.0
+    many = write_attributions(weights, block_examples=64)
+    for example in (0, 5, 17, 399):
+        exact, found = (many.nearest(example, k=5, exact=way) for way in (True, False))
+        if example != 17:  # nothing is similar to nothing
+            assert found["example"].tolist() == exact["example"].tolist()
+        np.testing.assert_allclose(found["similarity"], exact["similarity"], rtol=1e-12)
+        assert example not in found["example"].tolist()
+
+
+@pytest.mark.parametrize("each", [1, 250])
+def test_where_hardly_anything_stands_out_candidates_are_many_enough(
+    write_attributions: WriteAttributions, each: int
+) -> None:
+    """Cosines are alike, so that the projection alone would not find the neighbours."""
+    many = write_attributions(_clusters(500, 900, each, spread=1.0), block_examples=100)
+    for example in (3, 77):
+        pd.testing.assert_frame_equal(many.nearest(example, 4, exact=False), many.nearest(example, 4, exact=True))
+
+
+def test_equal_attributions_are_all_found(write_attributions: WriteAttributions) -> None:
+    weights = _clusters(200, 600, each=1, spread=1.0)
+    weights[[5, 50, 90, 199]] = weights[5]
+    found = write_attributions(weights, block_examples=100).nearest(50, k=3, exact=False)
+    assert found["example"].tolist() == [5, 90, 199]
+    np.testing.assert_allclose(found["similarity"], 1, rtol=1e-12)
+
+
+def test_the_projection_is_made_once_and_only_where_it_pays(
+    write_attributions: WriteAttributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_attributions(_clusters(300, 40, each=5, spread=0.5), tmp_path / "a.zarr", block_examples=50)
+    read: list[int] = []
+    take = Blocks.take
+
+    def watched(blocks: Blocks, name: str, rows: npt.NDArray[Any], *columns: Any) -> npt.NDArray[Any]:
+        if name != "weights":
+            return take(blocks, name, rows, *columns)
+        assert len(rows) <= 50, "more than a block was read at a time"
+        read.append(len(rows))
+        return take(blocks, name, rows, *columns)
+
+    monkeypatch.setattr(Blocks, "take", watched)
+    opened = coar.open_attributions(tmp_path / "a.zarr")
+    opened.nearest(0, k=2)  # 48 kB: all are compared
+    assert sum(read) == 1 + 300
+    read.clear()
+    monkeypatch.setattr("coar.attributions.EXACT_BYTES", 1000)
+    first = opened.nearest(0, k=2)
+    candidates = sum(read) - 1 - 300
+    assert 14 <= candidates < 100
+    read.clear()
+    pd.testing.assert_frame_equal(opened.nearest(0, k=2), first)
+    assert sum(read) == 1 + candidates
+    read.clear()
+    opened.nearest(0, k=145)  # 300 candidates are all there are
+    assert sum(read) == 1 + 300
 
 
 def test_for_component(attributions: Attributions) -> None:

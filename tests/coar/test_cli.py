@@ -19,7 +19,7 @@ import coar
 import stores
 from coar.cli import main
 
-COMMANDS = ("demo", "index", "ablate", "status", "fit", "evaluate", "top", "edit", "report")
+COMMANDS = ("demo", "index", "ablate", "status", "fit", "evaluate", "top", "nearest", "compare", "edit", "report")
 SPEC = """
 rows = 60
 ablate_fraction = 0.05
@@ -248,6 +248,18 @@ def test_fit(run: Run, run_json: Callable[..., Any], unfinished: Path) -> None:
     }
 
 
+def test_fit_with_every_option(run: Run, unfinished: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.zarr"
+    options = ("--method", "lasso", "--ablate-fraction", "0.05", "--fit-all", "--device", "cpu", "--quiet")
+    code, out, err = run("fit", unfinished, "--out", target, *options)
+    assert (code, err) == (0, "")
+    assert out == f"16 attributions from 40 rows in {target}. No rows were held out.\n"
+    identity = coar.open_attributions(target).header["identity"]
+    assert (identity["method"], identity["held_out"]) == ("lasso", False)
+    code, _, err = run("fit", unfinished, "--out", target, "--method", "forest")
+    assert (code, err) == (2, "error: method is 'forest', expected one of ridge, ols, lasso.\n")
+
+
 def test_fit_refuses_to_replace_another_fit_unasked(run: Run, unfinished: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.zarr"
     assert run("fit", unfinished, "--out", target, "--quiet")[0] == 0
@@ -267,11 +279,14 @@ def test_fit_in_too_little_memory(run: Run, folder: Path, tmp_path: Path) -> Non
 
 def test_evaluate(run: Run, run_json: Callable[..., Any], attributions: Path) -> None:
     found = run_json("evaluate", attributions, "--rows", "12", "--ablate-fraction", "0.1", "--seed", "3")
-    assert list(found) == ["rows", "ablate_fraction", "mean", "25%", "median", "75%", "share below 0.5", "examples"]
-    assert (found["rows"], found["ablate_fraction"], found["examples"]) == (12, 0.1, 16)
+    assert (found["rows"], found["seed"], len(found["fractions"])) == (12, 3, 1)
+    statistics = ["mean", "low", "high", "25%", "median", "75%", "share below 0.5", "spearman", "examples"]
+    assert list(found["fractions"][0]) == ["ablate_fraction", *statistics]
+    assert (found["fractions"][0]["ablate_fraction"], found["fractions"][0]["examples"]) == (0.1, 16)
     code, out, _ = run("evaluate", attributions, "--rows", "12", "--seed", "3")
     assert code == 0
-    assert out.startswith("Correlation on 12 fresh keep-vectors, 5.0% ablated:\n")
+    assert out.startswith("Correlation on 12 fresh keep-vectors; low and high: 95 % interval of the mean.\n")
+    assert "0.050" in out
 
 
 @pytest.mark.parametrize(
@@ -506,3 +521,53 @@ def test_report_refuses_an_edit_of_another_index(run: Run, attributions: Path, t
 
 def test_version(run: Run) -> None:
     assert run("--version") == (0, "coar 0.1.0\n", "")
+
+
+def test_evaluate_at_several_fractions(run: Run, run_json: Callable[..., Any], attributions: Path) -> None:
+    options = ["--rows", "4", "--ablate-fraction", "0.2", "--ablate-fraction", "0.0000001"]
+    found = run_json("evaluate", attributions, *options)["fractions"]
+    assert [row["ablate_fraction"] for row in found] == [0.2, 1e-7]
+    assert found[:1] == run_json("evaluate", attributions, *options[:4])["fractions"]
+    assert (found[1]["mean"], found[1]["examples"]) == (None, 0)
+    code, out, _ = run("evaluate", attributions, *options)
+    assert code == 0
+    assert out.endswith(
+        "At 1e-07, 16 of 16 examples have no correlation: their predicted or true outputs are the same in all rows.\n"
+    )
+
+
+def test_nearest(run: Run, run_json: Callable[..., Any], attributions: Path) -> None:
+    opened = coar.open_attributions(attributions)
+    table = opened.nearest(3, 2)
+    code, out, _ = run("nearest", attributions, "--example", "3", "-k", "2")
+    assert code == 0
+    assert out.startswith(f"Example 3: id {opened.examples['id'][3]}, label ")
+    assert all(name in out for name in table["id"])
+    found = run_json("nearest", attributions, "--id", opened.examples["id"][3], "-k", "2")
+    assert list(found[0]) == list(table)
+    assert [row["example"] for row in found] == table["example"].tolist()
+    assert run("nearest", attributions, "--example", "3", "-k", "16") == (
+        2,
+        "",
+        "error: k is 16, expected 1 to 15: there are 15 other examples.\n",
+    )
+
+
+def test_compare(
+    run: Run, run_json: Callable[..., Any], folder: Path, attributions: Path, tmp_path: Path, write_attributions: Any
+) -> None:
+    other = coar.fit(folder / "campaign.zarr", tmp_path / "b.zarr", ridge=5.0)
+    expected = coar.compare(coar.open_attributions(attributions), other, k=7)
+    code, out, _ = run("compare", attributions, tmp_path / "b.zarr", "-k", "7")
+    assert code == 0
+    assert out.startswith(f"{expected!r}\n")
+    assert out.endswith("\nEstimated differently: ridge: chosen per example -> 5.0\n")
+    found = run_json("compare", attributions, tmp_path / "b.zarr", "-k", "7")
+    assert (found["examples"], found["k"]) == (16, 7)
+    assert found["differences"] == ["ridge: chosen per example -> 5.0"]
+    means = {row["measure"]: row["mean"] for row in found["measures"]}
+    assert means == pytest.approx(expected.summary().set_index("measure")["mean"].to_dict())
+    write_attributions([[1, 2]], tmp_path / "c.zarr")
+    code, out, err = run("compare", attributions, tmp_path / "c.zarr")
+    assert (code, out) == (2, "")
+    assert err.endswith("Only attributions of the same components can be compared.\n")

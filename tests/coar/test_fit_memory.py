@@ -6,6 +6,7 @@ import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,36 +68,68 @@ def test_peak_memory_stays_below_the_budget(large_campaign: CampaignStore, tmp_p
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
+@pytest.mark.parametrize(
+    ("method", "rows", "components", "matrices"),
+    [("ridge", 260, 900, 2.0), ("ridge", 1300, 900, 7.0), ("ols", 1300, 900, 6.0), ("lasso", 1300, 400, 12.0)],
+    ids=["dual", "primal", "one penalty", "lasso"],
+)
 def test_the_stated_minimum_suffices(
     write_campaign: Callable[..., CampaignStore],
     draw_keep: Callable[..., npt.NDArray[np.bool_]],
     tmp_path: Path,
     on_disk: bool,
+    method: Any,
+    rows: int,
+    components: int,
+    matrices: float,
 ) -> None:
-    keep = draw_keep(260, 900)
-    outputs = keep[:, :12] + np.random.default_rng(2).normal(size=(260, 12))
+    keep = draw_keep(rows, components)
+    outputs = keep[:, :12] + np.random.default_rng(2).normal(size=(rows, 12))
     campaign = write_campaign(keep, outputs)
     store = tmp_path / "a.zarr" if on_disk else None
-    with pytest.raises(coar.FitError, match="too small to fit 900 components") as refused:
-        coar.fit(campaign, store, memory=1)
+    with pytest.raises(coar.FitError, match=f"too small to fit {components} components") as refused:
+        coar.fit(campaign, store, method=method, memory=1)
     least = _least(refused)
-    assert least < 32 * MIB + 9 * 8 * 900**2, "it should be about what seven square matrices need"
-    assert _peak(lambda: coar.fit(campaign, store, memory=least)) < least
+    assert least < 64 * MIB + matrices * 8 * components**2, "it should be about what a few square matrices need"
+    assert _peak(lambda: coar.fit(campaign, store, method=method, memory=least)) < least
     with pytest.raises(coar.FitError, match="too small"):
-        coar.fit(campaign, memory=least - 1)
+        coar.fit(campaign, method=method, memory=least - 1)
+
+
+@pytest.mark.parametrize("method", ["ridge", "lasso"])
+def test_slabs_stay_inside_the_budget(
+    write_campaign: Callable[..., CampaignStore],
+    draw_keep: Callable[..., npt.NDArray[np.bool_]],
+    tmp_path: Path,
+    method: Any,
+) -> None:
+    """Many examples at a time: what each of them takes is counted, too."""
+    keep = draw_keep(400, 500)
+    outputs = keep[:, :300] + np.random.default_rng(2).normal(size=(400, 300))
+    campaign = write_campaign(keep, outputs)
+    with pytest.raises(coar.FitError) as refused:
+        coar.fit(campaign, tmp_path / "a.zarr", method=method, memory=1)
+    found = re.search(r"needed, ([\d,]+) or more", str(refused.value))
+    assert found is not None
+    budget = int(found[1].replace(",", ""))  # for 64 examples
+    base = _least(refused)
+    peak = _peak(lambda: coar.fit(campaign, tmp_path / "a.zarr", method=method, memory=budget))
+    assert coar.open_attributions(tmp_path / "a.zarr").store.block_examples == 64
+    assert peak < budget
+    assert peak > 32 * MIB / 8 + (budget - base) / 8, "the budget should not be many times what is needed"
 
 
 def test_a_budget_too_small_says_what_is_needed(noisy: CampaignStore, tmp_path: Path) -> None:
     with pytest.raises(coar.FitError) as refused:
         coar.fit(noisy, memory=1_000_000)
     assert str(refused.value) == (
-        "memory=1,000,000 bytes is too small to fit 12 components: at least 33,599,080 are needed, 33,774,976 or more "
+        "memory=1,000,000 bytes is too small to fit 12 components: at least 33,942,912 are needed, 40,636,032 or more "
         "are comfortable. Pass store=PATH so that the result need not be kept in memory."
     )
     with pytest.raises(coar.FitError) as refused:
-        coar.fit(noisy, tmp_path / "a.zarr", memory=33_594_759)
+        coar.fit(noisy, tmp_path / "a.zarr", memory=33_938_591)
     assert str(refused.value) == (
-        "memory=33,594,759 bytes is too small to fit 12 components: at least 33,594,760 are needed, 33,770,656 or more "
+        "memory=33,938,591 bytes is too small to fit 12 components: at least 33,938,592 are needed, 40,631,712 or more "
         "are comfortable."
     )
     assert not (tmp_path / "a.zarr").exists()

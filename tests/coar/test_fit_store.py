@@ -18,6 +18,7 @@ from stores import AttributionStore, CampaignStore
 
 WriteCampaign = Callable[..., CampaignStore]
 Keep = npt.NDArray[np.bool_]
+LASSO: dict[str, Any] = {"method": "lasso", "held_out": False}
 
 
 def _files(path: Path) -> dict[str, tuple[int, bytes]]:
@@ -145,7 +146,7 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int) -> list[int]:
 def test_an_interrupted_fit_is_finished_by_the_same_call(
     noisy: CampaignStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coar.estimators.regression.BLOCK_EXAMPLES", 8)
+    monkeypatch.setattr("coar.estimators.budget.BLOCK_EXAMPLES", 8)
     path = tmp_path / "a.zarr"
     with monkeypatch.context() as patch:
         assert _stop_after(patch, 1) == []
@@ -258,8 +259,11 @@ def test_no_finished_rows(write_campaign: WriteCampaign, planted_keep: Keep) -> 
 
 def test_rows_none_of_which_can_measure_quality(write_campaign: WriteCampaign, planted_keep: Keep) -> None:
     campaign = write_campaign(planted_keep, planted_keep[:, :2], block_rows=5, blocks=range(0, 40, 2))
-    with pytest.raises(coar.FitError, match=r"has 100 finished rows, none of them numbered \.\.\.8 or none \.\.\.9"):
+    with pytest.raises(coar.FitError, match="has 100 finished rows, none of them one to hold out; a fit needs"):
         coar.fit(campaign)
+    assert coar.fit(campaign, held_out=False).quality["correlation"].isna().all()
+    with pytest.raises(coar.FitError, match="none of them one to choose a penalty with; a fit needs"):
+        coar.fit(write_campaign(planted_keep, planted_keep[:, :2], block_rows=4, blocks=[0, 5, 10, 15, 20]), **LASSO)
 
 
 @pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
@@ -269,6 +273,60 @@ def test_a_penalty_that_is_none(noisy: CampaignStore, ridge: float) -> None:
     assert str(refused.value) == (
         f"ridge is {ridge}, expected a finite number >= 0, or None to choose one per example."
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "ridgy"}, "method is 'ridgy', expected one of ridge, ols, lasso."),
+        ({"method": "lasso", "ridge": 2.0}, "ridge=2.0 is given beside method='lasso'. Give one of the two."),
+        ({"method": "ols", "ridge": 0.0}, "ridge=0.0 is given beside method='ols'. Give one of the two."),
+        ({"device": "gpu"}, "device is 'gpu', expected cpu, cuda or cuda:0, cuda:1, ...."),
+        ({"device": "meta"}, "device is 'meta', expected cpu, cuda or cuda:0, cuda:1, ...: float64 is needed."),
+    ],
+)
+def test_options_that_cannot_be(noisy: CampaignStore, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(coar.FitError) as refused:
+        coar.fit(noisy, **options)
+    assert str(refused.value) == message
+
+
+def test_the_store_says_how_it_was_fitted(noisy: CampaignStore, tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    identity = coar.fit(noisy, path, method="ols").header["identity"]
+    assert {key: identity[key] for key in ("method", "ridge", "held_out", "ablate_fraction", "rows")} == {
+        "method": "ols",
+        "ridge": 0.0,
+        "held_out": True,
+        "ablate_fraction": None,
+        "rows": 200,
+    }
+    assert coar.fit(noisy, path, ridge=0).header["identity"] == identity
+    assert coar.fit(noisy, path, ridge=0, ablate_fraction=0.3).header["identity"] == identity  # it has no other
+    with pytest.raises(stores.StoreMismatchError) as refused:
+        coar.fit(noisy, path, method="lasso", held_out=False)
+    lines = str(refused.value).splitlines()[1:-1]
+    assert sorted(lines) == [
+        "  held_out: true -> false",
+        "  lasso: nothing -> chosen per example",
+        "  method: ols -> lasso",
+        "  ridge: 0.0 -> nothing",
+    ]
+
+
+def test_an_interrupted_lasso_is_finished_by_the_same_call(
+    noisy: CampaignStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coar.estimators.budget.BLOCK_EXAMPLES", 8)
+    path = tmp_path / "a.zarr"
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 1)
+        with pytest.raises(OSError, match="the disk is full"):
+            coar.fit(noisy, path, method="lasso")
+    finished, whole = coar.fit(noisy, path, method="lasso"), coar.fit(noisy, method="lasso")
+    np.testing.assert_allclose(finished.weights[:], whole.weights[:], rtol=1e-6, atol=1e-7)
+    assert list(finished.quality) == ["correlation", "r2", "lasso", "nonzero", "residual_sd"]
+    np.testing.assert_allclose(finished.quality, whole.quality, rtol=1e-5)
 
 
 def test_no_campaign_there(tmp_path: Path) -> None:

@@ -107,5 +107,55 @@ def test_group_bars() -> None:
     assert heights == pytest.approx([0.5, 1.0, 2 / 3, 1.0, 0.0, 2 / 3])
 
 
+def _curves(*names: str) -> pd.DataFrame:
+    rows = [
+        {"estimator": name, "budget": n, "cost": cost, "mean": mean, "low": mean - 0.02, "high": mean + 0.01}
+        for i, name in enumerate(names)
+        for n, cost, mean in ((20, 200.0, 0.9 - 0.1 * i), (2, 5.0 + i, 0.5))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_cost_quality() -> None:
+    figure = plots.cost_quality(_curves(NASTY, "second"), target=0.85, title="Title")
+    _draw(figure)
+    (axes,) = figure.axes
+    assert (axes.get_xscale(), axes.get_title()) == ("log", "Title")
+    first, second, target = axes.get_lines()
+    np.testing.assert_array_equal(first.get_xydata(), [[5, 0.5], [200, 0.9]])  # in order of cost
+    np.testing.assert_array_equal(second.get_xydata(), [[6, 0.5], [200, 0.8]])
+    assert (target.get_ydata(), target.get_linestyle()) == ([0.85, 0.85], "--")
+    assert {text.get_text() for text in axes.texts} == {NASTY, "second", "target 0.85"}
+    assert first.get_marker() != second.get_marker()
+    assert first.get_linestyle() != second.get_linestyle()
+    band = np.asarray(axes.collections[0].get_paths()[0].vertices)
+    assert {tuple(at) for at in np.round(band, 9)} >= {(5.0, 0.48), (5.0, 0.51), (200.0, 0.88), (200.0, 0.91)}
+
+
+def test_names_beside_lines_do_not_cover_each_other() -> None:
+    figure = plots.cost_quality(_curves(*(f"an estimator {i}" for i in range(6))), target=0.6)
+    _draw(figure)
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 7
+    pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :]]
+    assert not any(a.overlaps(b) for a, b in pairs)
+    inside = figure.axes[0].get_window_extent()
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
+
+
+def test_cost_quality_of_single_runs() -> None:
+    figure = plots.cost_quality(_curves("only").iloc[:1])
+    _draw(figure)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["only"]
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_cost_quality_refuses(count: int) -> None:
+    curves = _curves(*(f"e{i}" for i in range(count))) if count else _curves("one").iloc[:0]
+    with pytest.raises(coar.QueryError) as refused:
+        plots.cost_quality(curves)
+    assert str(refused.value) == f"There are {count} estimators, expected 1 to 6: give some of them."
+
+
 def test_formats() -> None:
     assert {"png", "svg", "pdf"} <= set(plots.formats())

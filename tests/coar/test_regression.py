@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.linear_model import Lasso, LinearRegression, Ridge, RidgeCV
 
 import coar
+from ablate import KeepPlan
+from coar.estimators.arrays import TorchArrays
 from coar.estimators.regression import RIDGE_GRID
 from stores import CampaignStore
 
@@ -78,30 +81,26 @@ def test_equals_scikit_learn(
 
 
 def _slow_choice(campaign: CampaignStore) -> tuple[list[float], Floats, Floats]:
-    """The chosen penalties, weights and biases, as straightforwardly as can be."""
-    keep, outputs = campaign.keep[:].astype(np.float64), campaign.outputs[:].astype(np.float64)
-    digit = campaign.finished_rows % 10
-    fitted, choosing, validation = digit != 9, digit < 8, digit == 8
-    centred = keep[fitted] - keep[fitted].mean(axis=0)
-    grid = RIDGE_GRID * (centred**2).sum() / keep.shape[1]
-    chosen, weights, bias = [], [], []
-    for y in outputs.T:
-        errors = []
-        for ridge in grid:
-            model = Ridge(alpha=ridge).fit(keep[choosing], y[choosing])
-            errors.append(((model.predict(keep[validation]) - y[validation]) ** 2).sum())
-        chosen.append(float(grid[np.argmin(errors)]))
-        model = Ridge(alpha=chosen[-1]).fit(keep[fitted], y[fitted])
-        weights.append(model.coef_)
-        bias.append(model.intercept_)
-    return chosen, np.array(weights), np.array(bias)
+    """The chosen penalties, weights and biases, as straightforwardly as can be: every row is left out in turn."""
+    K, Y = _fitted_rows(campaign)
+    centred = K - K.mean(axis=0)
+    grid = RIDGE_GRID * (centred**2).sum() / K.shape[1]
+    errors = np.zeros((len(grid), Y.shape[1]))
+    for out in range(len(K)):
+        rest = np.arange(len(K)) != out
+        for r, ridge in enumerate(grid):
+            model = Ridge(alpha=ridge).fit(K[rest], Y[rest])
+            errors[r] += (model.predict(K[out : out + 1])[0] - Y[out]) ** 2
+    chosen = [float(ridge) for ridge in grid[errors.argmin(axis=0)]]
+    models = [Ridge(alpha=ridge).fit(K, y) for ridge, y in zip(chosen, Y.T, strict=True)]
+    return chosen, np.array([model.coef_ for model in models]), np.array([model.intercept_ for model in models])
 
 
 @pytest.mark.parametrize("components", [6, 90], ids=["more rows than components", "fewer rows than components"])
 def test_the_chosen_penalty_is_that_of_a_slow_search(
     write_campaign: WriteCampaign, draw_keep: Callable[..., Keep], components: int
 ) -> None:
-    keep = draw_keep(85, components)
+    keep = draw_keep(45, components)
     campaign = write_campaign(keep, _some_outputs(keep, 8, seed=3), block_rows=17)
     ridges, weights, bias = _slow_choice(campaign)
     found = coar.fit(campaign)
@@ -109,6 +108,38 @@ def test_the_chosen_penalty_is_that_of_a_slow_search(
     np.testing.assert_allclose(found.quality["ridge"], ridges, rtol=1e-6)
     _close(found.weights[:], weights)
     _close(found.bias[:], bias)
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**16),
+    components=st.integers(1, 60),
+    examples=st.integers(2, 5),
+    rows=st.integers(20, 70),
+    held_out=st.booleans(),
+)
+def test_equals_ridge_cv(
+    write_campaign: WriteCampaign,
+    draw_keep: Callable[..., Keep],
+    seed: int,
+    components: int,
+    examples: int,
+    rows: int,
+    held_out: bool,
+) -> None:
+    keep = draw_keep(rows, components, 0.3, seed)
+    campaign = write_campaign(keep, _some_outputs(keep, examples, seed))
+    K, Y = campaign.keep[:].astype(np.float64), campaign.outputs[:].astype(np.float64)
+    if held_out:
+        K, Y = _fitted_rows(campaign)
+    scale = ((K - K.mean(axis=0)) ** 2).sum() / components
+    if not scale:
+        return
+    model = RidgeCV(alphas=RIDGE_GRID * scale, alpha_per_target=True).fit(K, Y)
+    found = coar.fit(campaign, held_out=held_out)
+    np.testing.assert_allclose(found.quality["ridge"], model.alpha_, rtol=1e-6)
+    _close(found.weights[:], model.coef_)
+    _close(found.bias[:], model.intercept_)
 
 
 def test_recovers_a_planted_linear_truth(planted: CampaignStore, truth: tuple[Floats, Floats]) -> None:
@@ -129,8 +160,13 @@ def test_a_noisy_truth_is_within_the_standard_errors(noisy: CampaignStore, truth
     np.testing.assert_allclose(found.quality["residual_sd"].mean(), 0.5, rtol=0.05)
 
 
-@pytest.mark.parametrize("ridge", [0.0, 7.0])
-def test_standard_errors_are_the_textbook_ones(noisy: CampaignStore, ridge: float) -> None:
+@pytest.mark.parametrize(("ridge", "rows"), [(0.0, 200), (7.0, 200), (7.0, 20)], ids=["ols", "ridge", "dual"])
+def test_standard_errors_are_the_textbook_ones(
+    write_campaign: WriteCampaign, noisy: CampaignStore, planted_keep: Keep, ridge: float, rows: int
+) -> None:
+    """Least squares' own, and the posterior's of ridge."""
+    keep = np.concatenate([planted_keep, ~planted_keep], axis=1)[:rows] if rows == 20 else planted_keep
+    noisy = write_campaign(keep, noisy.outputs[:rows])
     K, Y = _fitted_rows(noisy)
     K, Y = K - K.mean(axis=0), Y - Y.mean(axis=0)
     G = K.T @ K
@@ -140,7 +176,7 @@ def test_standard_errors_are_the_textbook_ones(noisy: CampaignStore, ridge: floa
     sd = np.sqrt((residuals**2).sum(axis=0) / freedom)
     found = coar.fit(noisy, ridge=ridge)
     _close(found.quality["residual_sd"], sd)
-    _close(found.stderr[:], np.outer(sd, np.sqrt(np.diag(inverse @ G @ inverse))))
+    _close(found.stderr[:], np.outer(sd, np.sqrt(np.diag(inverse))))
 
 
 def test_intervals_cover_as_often_as_they_say(write_campaign: WriteCampaign, draw_keep: Callable[..., Keep]) -> None:
@@ -150,6 +186,19 @@ def test_intervals_cover_as_often_as_they_say(write_campaign: WriteCampaign, dra
     found = coar.fit(campaign, ridge=0)
     covered = np.abs(found.weights[:] - weights.T) < 1.96 * found.stderr[:]
     assert 0.94 < covered.mean() < 0.96  # 8,000 intervals
+
+
+@pytest.mark.parametrize(("rows", "components"), [(300, 40), (300, 400)], ids=["primal", "dual"])
+def test_intervals_of_ridge_cover_too(
+    write_campaign: WriteCampaign, draw_keep: Callable[..., Keep], rows: int, components: int
+) -> None:
+    """On average over components, shrinkage and all, where the weights are as the penalty supposes: normal."""
+    generator = np.random.default_rng(9)
+    keep, weights = draw_keep(rows, components), generator.normal(size=(components, 100))
+    campaign = write_campaign(keep, keep @ weights + generator.normal(0, 5, (rows, 100)), block_rows=50)
+    found = coar.fit(campaign, held_out=False)
+    covered = np.abs(found.weights[:] - weights.T) < 1.96 * found.stderr[:]
+    assert 0.93 < covered.mean() < 0.97
 
 
 def test_a_common_offset_moves_the_bias_alone(write_campaign: WriteCampaign, planted_keep: Keep) -> None:
@@ -229,7 +278,8 @@ def test_a_component_that_was_never_ablated_has_no_weight(write_campaign: WriteC
     campaign = write_campaign(keep, _some_outputs(keep, 4, seed=5))
     found = coar.fit(campaign)
     np.testing.assert_allclose(found.weights[:, 5], 0, atol=1e-6)
-    np.testing.assert_allclose(found.stderr[:, 5], 0, atol=1e-6)
+    unknown = found.quality["residual_sd"] / np.sqrt(found.quality["ridge"])  # what ridge supposes of any weight
+    np.testing.assert_allclose(found.stderr[:, 5], unknown, rtol=1e-5)
     assert (found.quality["correlation"] > 0.5).all()
     with pytest.raises(coar.FitError) as refused:
         coar.fit(campaign, ridge=0)
@@ -256,3 +306,68 @@ def test_only_finished_blocks_are_used(write_campaign: WriteCampaign, noisy: Cam
     _close(found.weights[:], expected.coef_)
     _close(found.bias[:], expected.intercept_)
     assert found.header["identity"]["rows"] == 100
+
+
+@pytest.mark.parametrize("method", ["ridge", "ols", "lasso"])
+def test_rows_of_one_ablate_fraction(write_campaign: WriteCampaign, method: Any) -> None:
+    """Of two fractions, a campaign of row pairs: every tenth pair is held out, both of it."""
+    fractions = (0.2, 0.4)
+    keep = KeepPlan(8, 240, fractions, 0).take(0, 240)
+    outputs = _some_outputs(keep, 3, seed=1)
+    campaign = write_campaign(keep, outputs, block_rows=50, ablate_fraction=fractions)
+    for which, fraction in enumerate(fractions):
+        found = coar.fit(campaign, method=method, ablate_fraction=fraction)
+        alone = coar.fit(write_campaign(keep[which::2], outputs[which::2]), method=method)
+        _close(found.weights[:], alone.weights[:], 1e-6)
+        _close(found.stderr[:], alone.stderr[:], 1e-6)
+        np.testing.assert_allclose(found.quality, alone.quality, rtol=1e-5)
+        assert found.header["identity"]["ablate_fraction"] == fraction
+        assert found.header["identity"]["rows"] == 120
+    together = coar.fit(campaign, ridge=2.0)
+    fitted = np.arange(240) // 2 % 10 != 9
+    _close(together.weights[:], Ridge(alpha=2.0).fit(keep[fitted], campaign.outputs[:][fitted].astype(float)).coef_)
+    with pytest.raises(coar.FitError) as refused:
+        coar.fit(campaign, ablate_fraction=0.3)
+    assert str(refused.value) == f"{campaign.where} has no rows of ablate_fraction=0.3; it has 0.2, 0.4."
+
+
+@pytest.mark.parametrize("method", ["ridge", "lasso"])
+def test_without_held_out_rows_all_are_fitted(noisy: CampaignStore, planted_keep: Keep, method: Any) -> None:
+    found = coar.fit(noisy, method=method, held_out=False)
+    penalty = float(found.quality[method][3])
+    model = Ridge(alpha=penalty) if method == "ridge" else Lasso(alpha=penalty, tol=1e-12)
+    model.fit(planted_keep.astype(np.float64), noisy.outputs[:, 3].astype(np.float64))
+    _close(found.weights[3], model.coef_)
+    assert found.quality["correlation"].isna().all()
+    assert found.quality["r2"].isna().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, there is none")
+@pytest.mark.parametrize("method", ["ridge", "ols", "lasso"])
+def test_a_gpu_gives_the_same(noisy: CampaignStore, method: Any) -> None:
+    expected, found = coar.fit(noisy, method=method), coar.fit(noisy, method=method, device="cuda")
+    _close(found.weights[:], expected.weights[:], 1e-6)
+    _close(found.stderr[:], expected.stderr[:], 1e-6)
+    np.testing.assert_allclose(found.quality, expected.quality, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [200, 20], ids=["primal", "dual"])
+@pytest.mark.parametrize("method", ["ridge", "lasso"])
+def test_torch_gives_the_same(
+    write_campaign: WriteCampaign,
+    noisy: CampaignStore,
+    planted_keep: Keep,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    method: Any,
+) -> None:
+    """What a CUDA device computes, computed by torch on the CPU."""
+    keep = np.concatenate([planted_keep, planted_keep[:, ::-1]], axis=1)[:rows] if rows == 20 else planted_keep
+    campaign = write_campaign(keep, noisy.outputs[:rows])
+    expected = coar.fit(campaign, method=method)
+    monkeypatch.setattr("coar.estimators.regression.arrays_on", lambda device: TorchArrays(torch.device(device)))
+    found = coar.fit(campaign, method=method)
+    _close(found.weights[:], expected.weights[:], 1e-6)
+    _close(found.stderr[:], expected.stderr[:], 1e-6)
+    np.testing.assert_allclose(found.quality, expected.quality, rtol=1e-4)

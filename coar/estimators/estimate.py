@@ -1,0 +1,236 @@
+"""Estimating attributions from a model, block of examples by block of examples, into a store that is gone on with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+from zarr.storage import MemoryStore
+
+from ablate import CampaignSpec, Engine, Examples, KeepPlan, model_hash, preserved_random_state
+from ablate.campaign import campaign_identity
+from ablate.progress import progress_bar
+from coar.attributions import Attributions
+from coar.errors import FitError
+from coar.estimators.abstract import Estimator
+from coar.estimators.registry import get_estimator
+from coar.estimators.storing import open_same, remove
+from coar.evaluate import correlation, explained_share
+from stores import AttributionStore
+from stores.schema import Location
+
+QUALITY = ("correlation", "r2", "residual_sd", "passes")
+QUALITY_SEED = 0x9A11  # held-out rows are never those of a campaign or an evaluation with the same seed
+ABLATE_FRACTION = 0.05
+BLOCK_EXAMPLES = 256
+
+
+def estimate(
+    model: nn.Module | CampaignSpec | str | os.PathLike[str],
+    data: Any = None,
+    *,
+    index: Any = None,
+    method: str | Estimator = "gradient",
+    passes: int | str | None = None,
+    ablate_fraction: float | None = None,
+    output: Any = "margin",
+    seed: int = 0,
+    store: Location | None = None,
+    quality_rows: int = 50,
+    block_examples: int = BLOCK_EXAMPLES,
+    memory: int = 2 * 2**30,
+    overwrite: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> Attributions:
+    """Returns one linear attribution per example, estimated by running the model. The model is not changed.
+
+    Goes block of examples by block of examples; a block is final when it is written. Running the same again goes on
+    where it stopped, and stores the same bytes as a run that never stopped (same machine and thread count).
+
+    Args:
+      model: An `nn.Module`, or a CampaignSpec or the path of one: then data, index, output, seed, ablate fraction,
+        passes and options are the spec's.
+      data: `(inputs, targets)`, a `Dataset`, or `Examples`.
+      index: The components; None: the sensible default for this model.
+      method: A name (`coar.estimators.registry.estimator_names()`) or an instance, e.g. `Gradient(background="mixed")`.
+      passes: Of the gradient estimator: an integer from 2 on, or "auto"; None: 100.
+      ablate_fraction: What share is off in the keep-vectors that the attribution is about; None: 0.05.
+      output: As for `Engine`.
+      seed: Of everything that is sampled.
+      store: Where to write; None: in memory. A finished store of the same estimate is returned as it is.
+      quality_rows: Random keep-vectors run forward beside the estimate, to measure held-out correlation per example;
+        they cost so many plain forwards. 0: quality is NaN.
+      block_examples: Most examples of a block. Estimates are pooled over the examples of a block, so that another size
+        changes them a little. A larger one is better, up to some hundred.
+      memory: Budget in bytes for everything but the engine: blocks are made as small as it needs.
+      overwrite: Replace another estimate at `store`.
+      progress: Show a progress bar on stderr.
+      options: `components`, `device`, `precision`, `batch_size`, `ablation`, `memory_budget`, `speed`, ...: as for
+        CampaignSpec.
+
+    Returns:
+      Attributions: weights and standard errors (examples, components), bias (examples,), in units of the output.
+
+    Raises:
+      FitError: Settings that make no sense, no gradients (offers regression), a budget too small.
+      ablate.SpecError: All other problems of the arguments at once.
+      ablate.NonFiniteOutputError: NaN gradients; names the example and component. Finished blocks stay.
+      stores.StoreMismatchError: There is another estimate at `store`.
+    """
+    if isinstance(model, nn.Module):
+        fraction = _fraction(method, ablate_fraction)
+        given = {"index": index, "output": output, "seed": seed, "ablate_fraction": fraction, **options}
+        spec = CampaignSpec(model=model, data=data, **{k: v for k, v in given.items() if v is not None})
+    else:
+        spec = model if isinstance(model, CampaignSpec) else CampaignSpec.from_file(model)
+        _only_in_spec(data, index, options, output, seed)
+        passes = spec.settings.passes if passes is None and method == "gradient" else passes
+        if ablate_fraction is None and isinstance(spec.settings.ablate_fraction, float):
+            fraction = _fraction(method, spec.settings.ablate_fraction)
+        else:
+            fraction = _fraction(method, ablate_fraction, spec.settings.ablate_fraction)
+    if quality_rows and quality_rows < 10:
+        raise FitError(f"quality_rows is {quality_rows}, expected 0 (none) or at least 10.")
+    if block_examples < 1:
+        raise FitError(f"block_examples is {block_examples}, expected at least 1.")
+    settings: dict[str, Any] = {} if passes is None else {"passes": passes}
+    if method == "gradient":
+        settings["ablate_fraction"] = fraction
+    estimator = get_estimator(method, **settings)
+    place = store if store is not None else MemoryStore()
+    with preserved_random_state():
+        run = _Run(spec, estimator, fraction, quality_rows)
+        target = open_same(place, run.identity, overwrite)
+        if target is None or target.missing_blocks():
+            block = _block_size(run, block_examples, memory, store is None, target)
+            if target is None:
+                run.engine.check(run.examples)  # a model that cannot be run leaves no store behind
+                if overwrite:
+                    remove(place)
+                target = run.create(place, block)
+            _estimate_missing(run, target, progress)
+    return Attributions(AttributionStore.open(place))
+
+
+class _Run:
+    """Everything an estimate is made of."""
+
+    def __init__(self, spec: CampaignSpec, estimator: Estimator, fraction: float, quality_rows: int) -> None:
+        self.spec, self.estimator, self.quality_rows = spec, estimator, quality_rows
+        self.model, self.examples = spec.load()
+        self.index = spec.make_index(self.model)
+        if not len(self.index):
+            raise FitError("The component index is empty: there is nothing to attribute to. Choose other kinds.")
+        self.engine: Engine = spec.make_engine(self.model, self.index, self.examples)
+        self.seed = spec.settings.seed
+        self.fraction = fraction
+        plan = KeepPlan(len(self.index), max(1, quality_rows), fraction, self.seed ^ QUALITY_SEED)
+        of = campaign_identity(model_hash(self.model), self.examples, self.index, plan, self.engine, block_rows=1)
+        self.versions = of.pop("versions")
+        del of["block_rows"]
+        of["plan"] = {"ablate_fraction": fraction, "seed": self.seed}
+        self.plan = plan
+        self.identity: dict[str, Any] = {**estimator.describe(), "quality_rows": quality_rows, "of": of}
+
+    def create(self, place: Location, block: int) -> AttributionStore:
+        """Makes the empty store."""
+        header: Mapping[str, Any] = {
+            "identity": self.identity,
+            "spec": self.spec.describe(),
+            "loadable": self.spec.loadable,
+            "index": self.index.to_json(),
+            "environments": [{"versions": self.versions, "device": str(self.engine.device)}],
+        }
+        return AttributionStore.create(
+            place,
+            header=header,
+            components=self.index.columns,
+            examples=self.examples.columns(),
+            block_examples=block,
+            quality=QUALITY,
+        )
+
+    def block(self, span: slice) -> dict[str, npt.NDArray[np.float32]]:
+        """Returns the arrays of a block of examples."""
+        examples = self.examples.take(range(span.start, span.stop))
+        found = self.estimator.estimate(self.engine, examples, span.start, self.seed)
+        values = {"weights": found.weights, "stderr": found.stderr, "bias": found.bias, "quality/passes": found.passes}
+        return {**values, **self._quality(examples, found.weights, found.bias)}
+
+    def _quality(self, examples: Examples, weights: Any, bias: Any) -> dict[str, npt.NDArray[np.float32]]:
+        if not self.quality_rows:
+            unknown = np.full(len(examples), np.nan, dtype=np.float32)
+            return {f"quality/{name}": unknown for name in ("correlation", "r2", "residual_sd")}
+        keep = self.plan.take(0, self.quality_rows)
+        observed = self.engine.outputs(keep, examples).numpy().astype(np.float64)
+        predicted = keep.astype(np.float64) @ weights.T.astype(np.float64) + bias
+        found = {
+            "correlation": correlation(predicted, observed),
+            "r2": explained_share(predicted, observed),
+            "residual_sd": np.sqrt(((observed - predicted) ** 2).mean(axis=0)),
+        }
+        return {f"quality/{name}": value.astype(np.float32) for name, value in found.items()}
+
+
+def _estimate_missing(run: _Run, target: AttributionStore, progress: bool) -> None:
+    missing = target.missing_blocks()
+    left = sum(target.span(block).stop - target.span(block).start for block in missing)
+    total = len(run.examples)
+    with progress_bar(f"estimate ({run.estimator.name})", total, total - left, "example", progress) as bar:
+        for block in missing:
+            span = target.span(block)
+            try:
+                values = run.block(span)
+            except Exception as error:
+                error.add_note(
+                    f"This happened in block {block} (examples {span.start} to {span.stop - 1}) of {target.where}. "
+                    "Finished blocks stay: run the same again to go on from here."
+                )
+                raise
+            target.write_block(block, values)
+            bar.update(span.stop - span.start)
+
+
+def _block_size(run: _Run, most: int, memory: int, keep_result: bool, target: AttributionStore | None) -> int:
+    """Returns how many examples a block has: at most so many, and so that the budget is kept."""
+    components, total = len(run.index), len(run.examples)
+    fixed = run.estimator.fixed_memory(components) + 9 * components * run.quality_rows
+    if keep_result:
+        fixed += 2 * 4 * components * total
+    each = run.estimator.memory(components) + 24 * run.quality_rows + run.examples.bytes_per_example
+    fits = (memory - fixed) // each if memory > fixed else 0
+    wanted = min(most, total) if target is None else target.block_examples
+    if fits < (1 if target is None else wanted):
+        need = fixed + (1 if target is None else wanted) * each
+        raise FitError(
+            f"memory={memory:,} bytes is too small for {components:,} components: at least {need:,} are needed, "
+            f"{fixed + min(total, 64) * each:,} or more are comfortable."
+            + (" Pass store=PATH so that the result need not be kept in memory." if keep_result else "")
+        )
+    return int(min(wanted, fits))
+
+
+def _fraction(method: str | Estimator, *given: Any) -> float:
+    """Returns the one ablate fraction among those given and the method's own."""
+    own = getattr(method, "ablate_fraction", None)
+    values = [value for value in (own, *given) if value is not None]
+    if any(not isinstance(value, (int, float)) for value in values):
+        raise FitError(
+            f"An estimate is about one ablate fraction, the spec has {values[-1]}. Choose one: ablate_fraction=."
+        )
+    if own is not None and any(value != own for value in values):
+        raise FitError(f"ablate_fraction is {values[-1]}, but the method has its own, {own}. Give it once.")
+    return float(values[0]) if values else ABLATE_FRACTION
+
+
+def _only_in_spec(data: Any, index: Any, options: Mapping[str, Any], output: Any, seed: int) -> None:
+    """Raises FitError for an argument beside a spec that the spec has, too."""
+    given = {"data": data is not None, "index": index is not None, "output": output != "margin", "seed": seed != 0}
+    names = [name for name, is_given in given.items() if is_given] + list(options)
+    if names:
+        raise FitError(f"{', '.join(names)}: given beside a spec, which has its own. Change the spec.")

@@ -1,0 +1,130 @@
+"""The networks of the comparison, trained on scikit-learn's handwritten digits in seconds, and cached."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ablate import ComponentIndex, Examples, preserved_random_state
+from ablate.digits import ResidualCNN, load_weights
+
+TRAIN = 1397  # of 1,797 images; the rest are test images
+
+
+def digits_examples(split: str, size: int = 16, channels: int = 1) -> Examples:
+    """Returns the training or test images of the digits, (examples, channels, size, size); label: is it 5 or more?
+
+    Always the same split: the order is drawn once, with seed 0.
+    """
+    with preserved_random_state():  # importing scikit-learn draws from Python's generator
+        from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    chosen = order[:TRAIN] if split == "train" else order[TRAIN:]
+    small = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[chosen] / 16
+    inputs = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False) - 0.3
+    digits = labels[chosen.numpy()]
+    ids = [f"digit-{int(i):04d}" for i in chosen]
+    return Examples(inputs.expand(-1, channels, -1, -1).contiguous(), (digits >= 5).astype("int64"), ids, digits)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then a feed-forward network."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (batch, tokens, width)."""
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        x = x + self.proj(mixed)
+        hidden: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return hidden
+
+
+class SmallViT(nn.Module):
+    """A vision transformer for 16 x 16 images in patches of 4 x 4: four blocks, 2,304 neurons at width 64."""
+
+    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4, classes: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 4, 4)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 17, width) * 0.02)
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits (batch, classes) of images (batch, 1, 16, 16)."""
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), patches], dim=1) + self.position
+        logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
+        return logits
+
+
+# name: how to make it, its kind of component, epochs, learning rate
+NETWORKS: dict[str, tuple[Any, str, int, float]] = {
+    "cnn-736": (lambda: ResidualCNN((32, 64, 64)), "conv_filter", 20, 6e-3),
+    "cnn-2208": (lambda: ResidualCNN((96, 192, 192)), "conv_filter", 15, 6e-3),
+    "vit-2304": (SmallViT, "linear_neuron", 30, 1e-3),
+}
+
+
+def trained_network(name: str, cache: str | os.PathLike[str]) -> tuple[nn.Module, ComponentIndex]:
+    """Returns a trained network in eval mode and its component index (the classes' own rows are no components).
+
+    Trained where no cached weights are, in some seconds to a minute on two cores; deterministic on one machine.
+    """
+    make, kind, epochs, rate = NETWORKS[name]
+    path = Path(cache) / f"{name}.safetensors"
+    with preserved_random_state():
+        torch.manual_seed(0)
+        model = make()
+        if path.is_file():
+            load_weights(model, _read(path), str(path))
+        else:
+            train(model, digits_examples("train"), epochs, rate)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(model.state_dict(), path)
+    exclude = ("head",) if kind == "linear_neuron" else ()
+    return model.eval(), ComponentIndex.from_model(model, [kind], exclude=exclude)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def train(model: nn.Module, examples: Examples, epochs: int, rate: float, batch: int = 64) -> None:
+    """Trains a model in place, and leaves it without gradients."""
+    device = next(model.parameters()).device
+    inputs, targets = examples.inputs().to(device), examples.targets.to(device)
+    steps = epochs * (len(examples) // batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
+    model.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(examples), device=device)
+        for first in range(0, len(examples) - batch + 1, batch):
+            chosen = order[first : first + batch]
+            loss = F.cross_entropy(model(inputs[chosen]), targets[chosen])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    optimizer.zero_grad()
+    model.eval()
