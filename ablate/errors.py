@@ -55,12 +55,12 @@ class LoadError(AblateError):
 
 
 class NonFiniteOutputError(AblateError, ArithmeticError):
-    """A NaN or infinite output; `row` and `example` say where."""
+    """A NaN or infinite output or gradient; `row`, `example` and, of a gradient, `component` say where."""
 
     def __init__(
         self, row: int, example: int, value: float, example_id: str | None = None, component: int | None = None
     ) -> None:
-        self.row, self.example, self.value = row, example, value
+        self.row, self.example, self.value, self.component = row, example, value, component
         name = f" (id {example_id!r})" if example_id is not None else ""
         what = f"Output of keep row {row}" if component is None else f"The gradient of component {component}"
         super().__init__(

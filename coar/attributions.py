@@ -45,10 +45,9 @@ class Attributions:
         return self.store.example_count
 
     def __repr__(self) -> str:
-        quality = self.quality["correlation"].mean()  # of those that are not NaN
         return (
             f"<Attributions: {len(self):,} examples x {len(self.index):,} components, "
-            f"held-out correlation {quality:.3f}, {self.store.where}>"
+            f"held-out correlation {self.quality_text()}, {self.store.where}>"
         )
 
     @property
@@ -60,7 +59,8 @@ class Attributions:
     def stderr(self) -> Rows:
         """Standard error of each weight, (examples, components) float32; index it to read.
 
-        Sampling error of the estimate; the shrinkage of ridge towards zero is not in it.
+        What it counts depends on the method: see `coar.fit` and the estimators of `coar.estimate`. 0 where nothing was
+        sampled, as in the baselines.
         """
         return self.store.stderr
 
@@ -77,8 +77,24 @@ class Attributions:
 
     @cached_property
     def quality(self) -> pd.DataFrame:
-        """One row per example: held-out correlation and r2, the ridge used, the residual standard deviation."""
+        """One row per example: held-out correlation and r2, residual standard deviation, and more by method.
+
+        Of a ridge its penalty, of a lasso also the number of its weights, of an estimate its passes.
+        """
         return pd.DataFrame(self.store.quality)
+
+    @property
+    def quality_measured(self) -> bool:
+        """Whether there were held-out rows: not after `fit(held_out=False)` or `estimate(quality_rows=0)`."""
+        identity = self.header["identity"]
+        return bool(identity.get("held_out", True)) and identity.get("quality_rows") != 0
+
+    def quality_text(self) -> str:
+        """Returns the mean over examples of the held-out correlation, in words where there is no number."""
+        if not self.quality_measured:
+            return "not measured"
+        mean = self.quality["correlation"].mean()  # of those that are not NaN
+        return "undefined: outputs are constant" if np.isnan(mean) else f"{mean:.3f}"
 
     def locate(self, ids: Sequence[str]) -> list[int]:
         """Returns the positions of examples by id. Raises UnknownNameError with the nearest ids."""

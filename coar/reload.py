@@ -12,14 +12,14 @@ def reload_engine(attributions: Attributions) -> tuple[Engine, Examples]:
     """Returns an engine for the attributions' model, index and output, and their examples. Mutates nothing.
 
     Raises:
-      QueryError: The campaign was made from Python objects: only Python can give them again.
+      QueryError: They were made from Python objects: only Python can give them again.
       stores.StoreMismatchError: What the spec loads now is not what it loaded then.
     """
     header = attributions.header
     if not header["loadable"]:
         raise QueryError(
             f"{attributions.store.where} was made from Python objects, which a store cannot load again. Use the Python "
-            "functions (coar.evaluate, Edit.apply) with your model and data, or run the campaign from a spec file."
+            "functions (coar.evaluate, Edit.apply) with your model and data, or start from a spec file."
         )
     spec = CampaignSpec.from_dict(header["spec"], where=f"the spec stored in {attributions.store.where}")
     with preserved_random_state():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,33 @@ from matplotlib.figure import Figure
 from coar import plots
 from coar.attributions import Attributions
 from coar.editing.edit import Edit
+
+_NOTHING_SAMPLED = (
+    "Standard errors are zero, as this method samples nothing: they say nothing of how far its weights are from the "
+    "effect of ablating."
+)
+_STDERR = {
+    "gradient": (
+        "Standard errors say how far each weight may be from that of infinitely many passes, judged by all examples "
+        "that were estimated together: intervals of 1.96 of them are meant to hold it in 95 % of cases."
+    ),
+    "ridge": (
+        "Standard errors count the noise and the shrinkage towards zero, if weights are about as large as the penalty "
+        "assumes: the few largest weights are shrunk by more than that."
+    ),
+    "ols": "Standard errors are those of ordinary least squares: the noise of the rows that were fitted.",
+    "lasso": (
+        "Standard errors are those of least squares on the components with weights. They count neither the selection "
+        "nor the shrinkage, and are too small therefore."
+    ),
+    "leave_one_out": _NOTHING_SAMPLED,
+    "gradient_times_gate": _NOTHING_SAMPLED,
+    "integrated_gate_gradients": _NOTHING_SAMPLED,
+    "neuron_conductance": _NOTHING_SAMPLED,
+    "internal_influence": _NOTHING_SAMPLED,
+    "random": "These weights are random numbers that know nothing of the model; their standard errors mean nothing.",
+}
+_GATES_BETWEEN = " They do not count the small bias that comes of gates between 0 and 1."
 
 
 @dataclass(frozen=True)
@@ -45,14 +73,17 @@ def write_report(path: str | os.PathLike[str], title: str, lead: str, sections: 
 
 
 def provenance_section(header: Mapping[str, Any], timings: Mapping[str, float] | None = None) -> Section:
-    """Returns what a result was made from: spec, hashes, versions, and how long each step took in seconds."""
+    """Returns what a result was made from: method, spec, hashes, versions, and how long each step took in seconds."""
     identity = header["identity"]
     of = identity.get("of", identity)
-    hashes = {name: of[name] for name in ("model", "data", "index")}
-    tables = {
-        "Spec": _pairs(_flat(header["spec"])),
-        "Hashes (sha256)": _pairs(hashes),
-        "Keep plan": _pairs(_flat(of["plan"])),
+    settings = {name: value for name, value in identity.items() if name != "of"} if "of" in identity else {}
+    # what the spec says for the other way of estimating, or was told otherwise beside it, was not used
+    unused = ("rows", "block_rows", "store", *settings) if _from_model(identity) else ("passes",)
+    tables = {"Method": _pairs(_flat(settings))} if settings else {}
+    tables |= {
+        "Spec": _pairs(_flat({name: value for name, value in header["spec"].items() if name not in unused})),
+        "Hashes (sha256)": _pairs({name: of[name] for name in ("model", "data", "index")}),
+        "Ablate fraction and seed" if _from_model(identity) else "Keep plan": _pairs(_flat(of["plan"])),
         "Written with": pd.DataFrame([_flat(environment) for environment in header["environments"]]),
     }
     if timings:
@@ -63,30 +94,66 @@ def provenance_section(header: Mapping[str, Any], timings: Mapping[str, float] |
 
 
 def quality_section(attributions: Attributions) -> Section:
-    """Returns how well the attributions predict held-out rows."""
+    """Returns how the attributions were estimated, and how well they predict held-out rows."""
+    layers = {"Which layers carry the output (mean over all examples)": plots.layer_effects(attributions.by_layer())}
+    text = [_origin(attributions), stderr_meaning(attributions.header["identity"])]
+    if not attributions.quality_measured:
+        text.insert(1, "How well they predict outputs was not measured: no rows were held out.")
+        return Section("How good the attributions are", text=text, figures=layers)
     quality = attributions.quality
-    worst = attributions.examples.join(quality).nsmallest(5, "correlation")
+    correlation = quality["correlation"]
+    rows = _held_out_rows(attributions.header["identity"])
+    judged = f"Correlation of predicted with true outputs on {rows}: mean {attributions.quality_text()}"
+    if correlation.notna().any():
+        judged += f", median {correlation.median():.3f}; share of examples below 0.5: {(correlation < 0.5).mean():.1%}"
+    text.insert(1, f"{judged}.")
     return Section(
         "How good the attributions are",
-        text=[
-            f"{len(attributions):,} examples x {len(attributions.index):,} components. Correlation of predicted with "
-            f"true outputs on held-out keep-vectors: mean {quality['correlation'].mean():.3f}, median "
-            f"{quality['correlation'].median():.3f}; share of examples below 0.5: "
-            f"{(quality['correlation'] < 0.5).mean():.1%}."
-        ],
+        text=text,
         tables={
             "Quality per example (correlation and r2 on held-out rows)": quality.describe().reset_index(
                 names="statistic"
             ),
-            "The worst predicted examples": worst,
+            "The worst predicted examples": attributions.examples.join(quality).nsmallest(5, "correlation"),
         },
         figures={
             "Held-out correlation per example": plots.prediction_quality(
-                quality["correlation"].to_numpy(), "Held-out correlation per example"
+                correlation.to_numpy(), "Held-out correlation per example"
             ),
-            "Which layers carry the output (mean over all examples)": plots.layer_effects(attributions.by_layer()),
+            **layers,
         },
     )
+
+
+def stderr_meaning(identity: Mapping[str, Any]) -> str:
+    """Returns what the standard errors of attributions with this `identity` count, in plain words."""
+    method = identity["method"]
+    if method == "ridge" and identity.get("ridge") == 0:
+        method = "ols"
+    known = _STDERR.get(method, f"For what the standard errors count, see the method: {method}.")
+    return known + (_GATES_BETWEEN if method == "gradient" and identity.get("background") != "bernoulli" else "")
+
+
+def _from_model(identity: Mapping[str, Any]) -> bool:
+    """Returns whether `coar.estimate` made it; else a campaign's rows are behind it."""
+    return "quality_rows" in identity
+
+
+def _held_out_rows(identity: Mapping[str, Any]) -> str:
+    if not _from_model(identity):
+        return "held-out keep-vectors"
+    fraction = identity["of"]["plan"]["ablate_fraction"]
+    return f"{identity['quality_rows']} held-out keep-vectors ({100 * fraction:g} % of the components ablated)"
+
+
+def _origin(attributions: Attributions) -> str:
+    identity = attributions.header["identity"]
+    size = f"{len(attributions):,} examples x {len(attributions.index):,} components"
+    if not _from_model(identity):
+        return f"{size}, by {identity['method']} on {identity['rows']:,} keep-vectors of a campaign."
+    passes = attributions.quality["passes"]
+    count = f"{passes.min():,.0f}" if passes.min() == passes.max() else f"{passes.min():,.0f} to {passes.max():,.0f}"
+    return f"{size}, by {identity['method']}, {count} {'pass' if count == '1' else 'passes'} per example."
 
 
 def edit_section(edit: Edit) -> Section:
@@ -114,7 +181,9 @@ def _render_table(caption: str, table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
 
 
 def _png(figure: Figure) -> str:

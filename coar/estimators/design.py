@@ -18,7 +18,7 @@ from coar.errors import FitError
 
 GOLDEN = (math.sqrt(5) - 1) / 2  # steps of this length, modulo 1, spread points evenly whatever their number
 BACKGROUNDS = ("continuous", "mixed", "bernoulli")
-_ORDER, _START, _CLOSED = range(3)  # streams of random numbers
+_ORDER, _START, _CLOSED = 1, 2, 3  # streams of random numbers; 0 is what keep plans draw from
 
 Bools = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
@@ -54,7 +54,8 @@ class GateDesign:
 
     Args:
       components: How many there are.
-      ablate_fraction: 1 - the mean gate, over components and passes.
+      ablate_fraction: 1 - the mean gate, over components and passes. With fewer than 1 / (2 x ablate fraction)
+        components a single one is in S, and the others are kept: ablating fewer than half a component is not possible.
       background: What the others do while a component is sampled. "continuous": twice the ablate fraction of them is in
         S, too. "mixed": half of the ablating is done by gates in S, half by closed ones. "bernoulli": S is a single
         component, all others are closed with probability `ablate_fraction`: exact, and components times as many passes.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import nn
 from zarr.storage import MemoryStore
 
-from ablate import CampaignSpec, Engine, Examples, KeepPlan, model_hash, preserved_random_state
+from ablate import CampaignSpec, Engine, Examples, KeepPlan, NonFiniteOutputError, model_hash, preserved_random_state
 from ablate.campaign import campaign_identity
 from ablate.progress import progress_bar
 from coar.attributions import Attributions
@@ -90,10 +90,7 @@ def estimate(
         spec = model if isinstance(model, CampaignSpec) else CampaignSpec.from_file(model)
         _only_in_spec(data, index, options, output, seed)
         passes = spec.settings.passes if passes is None and method == "gradient" else passes
-        if ablate_fraction is None and isinstance(spec.settings.ablate_fraction, float):
-            fraction = _fraction(method, spec.settings.ablate_fraction)
-        else:
-            fraction = _fraction(method, ablate_fraction, spec.settings.ablate_fraction)
+        fraction = _fraction(method, ablate_fraction, spec.settings.ablate_fraction)
     if quality_rows and quality_rows < 10:
         raise FitError(f"quality_rows is {quality_rows}, expected 0 (none) or at least 10.")
     if block_examples < 1:
@@ -187,13 +184,24 @@ def _estimate_missing(run: _Run, target: AttributionStore, progress: bool) -> No
             try:
                 values = run.block(span)
             except Exception as error:
-                error.add_note(
+                found = _among_all(error, span.start, run.examples)
+                found.add_note(
                     f"This happened in block {block} (examples {span.start} to {span.stop - 1}) of {target.where}. "
                     "Finished blocks stay: run the same again to go on from here."
                 )
-                raise
+                if found is error:
+                    raise
+                raise found from error
             target.write_block(block, values)
             bar.update(span.stop - span.start)
+
+
+def _among_all(error: Exception, first: int, examples: Examples) -> Exception:
+    """Returns an error that counts examples from a block's first as one that counts from the first of all."""
+    if not isinstance(error, NonFiniteOutputError):
+        return error
+    example = first + error.example
+    return NonFiniteOutputError(error.row, example, error.value, examples.ids[example], error.component)
 
 
 def _block_size(run: _Run, most: int, memory: int, keep_result: bool, target: AttributionStore | None) -> int:
@@ -215,17 +223,17 @@ def _block_size(run: _Run, most: int, memory: int, keep_result: bool, target: At
     return int(min(wanted, fits))
 
 
-def _fraction(method: str | Estimator, *given: Any) -> float:
-    """Returns the one ablate fraction among those given and the method's own."""
-    own = getattr(method, "ablate_fraction", None)
-    values = [value for value in (own, *given) if value is not None]
-    if any(not isinstance(value, (int, float)) for value in values):
-        raise FitError(
-            f"An estimate is about one ablate fraction, the spec has {values[-1]}. Choose one: ablate_fraction=."
-        )
-    if own is not None and any(value != own for value in values):
-        raise FitError(f"ablate_fraction is {values[-1]}, but the method has its own, {own}. Give it once.")
-    return float(values[0]) if values else ABLATE_FRACTION
+def _fraction(method: str | Estimator, given: Any, of_spec: Any = None) -> float:
+    """Returns the one ablate fraction: the method's own, the one given, the spec's, or the default."""
+    own = getattr(method, "ablate_fraction", None) if isinstance(method, Estimator) else None
+    if own is not None and given not in (None, own):
+        raise FitError(f"ablate_fraction is {given}, but the method has its own, {own}. Give it once.")
+    if own is not None and isinstance(of_spec, float) and of_spec != own:
+        raise FitError(f"ablate_fraction is {of_spec} in the spec, but the method has its own, {own}. Give it once.")
+    chosen = next((value for value in (own, given, of_spec) if value is not None), ABLATE_FRACTION)
+    if not isinstance(chosen, (int, float)):
+        raise FitError(f"An estimate is about one ablate fraction, got {chosen!r}. Choose one: ablate_fraction=.")
+    return float(chosen)
 
 
 def _only_in_spec(data: Any, index: Any, options: Mapping[str, Any], output: Any, seed: int) -> None:

@@ -73,7 +73,8 @@ class Gradient(Estimator):
 
     def fixed_memory(self, components: int) -> int:
         """Returns the bytes of a small matrix per component, of forward rows, and of libraries' buffers."""
-        return components * (3 * 8 * MOST_SHARED**2 + 20 * self.forward_rows) + 32 * 2**20
+        rows = self.forward_rows
+        return components * (3 * 8 * MOST_SHARED**2 + 33 * rows) + 56 * rows**2 + 32 * 2**20
 
     def estimate(self, engine: Engine, examples: Examples, first: int, seed: int) -> BlockEstimate:
         """Returns the attributions of a block; errors as `Engine.gate_gradients`, and FitError."""

@@ -265,7 +265,7 @@ def _cross(keep: PackedKeep, outputs: Matrix, arrays: Arrays) -> tuple[Matrix, M
 
 
 def _with_errors(G: Matrix, R: Matrix, squares: Matrix, rows: int, weights: Matrix, penalties: Matrix) -> LassoSolution:
-    """Returns the solution with least-squares errors: of active weights, and of any other one if it were active, too."""
+    """Returns the solution with least-squares errors: of the active weights, and of any other if it were active."""
     stderr = np.zeros_like(weights)
     residual_sd = np.zeros(len(weights))
     floor = FLOOR * np.diag(G).mean()

@@ -77,7 +77,8 @@ def fit(
 
       Standard errors. Ridge and OLS: residual_sd * sqrt(diagonal of (K'K + ridge)^-1). For OLS the textbook's; for
       ridge the posterior's, which counts the shrinkage as well as the noise: 95 % intervals cover about 95 % of the
-      components, but fewer of the few largest weights, which are shrunk the most. Lasso: those of least squares on the
+      components, but fewer of the largest weights, which are shrunk the most, and fewer of all where rows are so few
+      (some dozens) that the choice of the penalty is itself uncertain. Lasso: those of least squares on the
       components with weights, and for each other component that of its weight if it were added to them; 0 if it was
       never ablated. They know nothing of the selection and the shrinkage, and are too small therefore.
 

@@ -13,7 +13,9 @@ from coar.estimators.normal import PrimalSpectrum
 from coar.estimators.packed import PackedKeep
 from coar.estimators.spectrum import Spectrum
 
-# What part of a penalty's shrinkage may be lost when all penalties are made from a few common columns.
+# What part of a penalty's shrinkage may be lost when the errors of all penalties are made from a few common columns.
+# 1e-10 is a quarter faster, and chose a neighbour of the best penalty where rows are fewer than components and the
+# errors of small penalties are nearly equal.
 NEGLIGIBLE = 1e-14
 
 

@@ -26,6 +26,7 @@ BACKGROUND_RATIO = 1.5
 UNSURE_SIGNAL = 0.3  # with one sample each: the share of what examples do not have in common that is taken for signal
 LEAST_SIGNAL = 0.02  # no deviation is taken for noise alone: with more passes, the path estimate always wins
 MOST_SHARED = 16  # at most so many directions that examples have in common
+LEAST_SLANT = 1e-6  # so much of a layer's samples at gate 1/2 more: slants stay determined, and hardly change
 TINY = 1e-300
 
 
@@ -105,8 +106,9 @@ def _trend(m: Moments, by_layer: Layers) -> tuple[Doubles, Doubles]:
     xx, xu, xuu = (x * x * m.count).sum(axis=0), (x * x * m.u).sum(axis=0), (x * x * m.u_squares).sum(axis=0)
     xg, xug = (x * m.total).sum(axis=0), (x * m.slanted).sum(axis=0)
     a, b, c, p, q = (by_layer.spread(values) for values in (xx, xu, xuu, xg, xug))
-    determinant = a * c - b * b + TINY
-    factor, slant = (c * p - b * q) / determinant, (a * q - b * p) / determinant
+    c = c + LEAST_SLANT * a  # with a single sample, all of it is factor
+    determinant = a * c - b * b
+    factor, slant = _ratio(c * p - b * q, determinant), _ratio(a * q - b * p, determinant)
     missed = np.maximum(
         m.squares
         - 2 * x * (factor * m.total + slant * m.slanted)
@@ -114,12 +116,17 @@ def _trend(m: Moments, by_layer: Layers) -> tuple[Doubles, Doubles]:
         0.0,
     )
     weighted = (x * x * missed).sum(axis=0)
-    factor_off = (xg - factor * xx - slant * xu) / (xx + TINY)
-    slant_off = (xug - factor * xu - slant * xuu) / (xuu + TINY)
+    factor_off = _ratio(xg - factor * xx - slant * xu, xx)
+    slant_off = _ratio(xug - factor * xu - slant * xuu, xuu)
     return (
-        factor + by_layer.toward_zero(factor_off, weighted / (xx + TINY) ** 2),
-        slant + by_layer.toward_zero(slant_off, weighted / 12 / (xuu + TINY) ** 2),
+        factor + by_layer.toward_zero(factor_off, _ratio(_ratio(weighted, xx), xx)),
+        slant + by_layer.toward_zero(slant_off, _ratio(_ratio(weighted / 12, xuu), xuu)),
     )
+
+
+def _ratio(above: Doubles, below: Doubles) -> Doubles:
+    """Returns above / below, and zero where below is zero: of components whose gradients are all zero."""
+    return np.divide(above, below, out=np.zeros_like(above), where=below != 0)
 
 
 def _power(deviation: Doubles, seen: npt.NDArray[np.bool_], by_layer: Layers) -> Doubles:
@@ -186,7 +193,7 @@ def _shared(scaled: Doubles, seen: npt.NDArray[np.bool_], noise: Doubles | None)
     examples = len(scaled)
     together = np.maximum(seen.astype(np.float64) @ seen.T.astype(np.float64), 1)
     covariance = scaled @ scaled.T / together
-    total = np.maximum(np.diag(covariance), TINY).copy()
+    total = np.maximum(np.diag(covariance), 1e-12)  # an example whose gradients are all as predicted has none
     if examples < 8:
         return np.zeros((examples, 0)), total
     fourth = scaled**2 @ (scaled**2).T / together**2

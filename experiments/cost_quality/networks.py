@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from ablate import ComponentIndex, Examples, preserved_random_state
 from ablate.digits import ResidualCNN, load_weights
+from ablate.loading import TorchvisionModel, load_model
 
 TRAIN = 1397  # of 1,797 images; the rest are test images
 
 
 def digits_examples(split: str, size: int = 16, channels: int = 1) -> Examples:
-    """Returns the training or test images of the digits, (examples, channels, size, size); label: is it 5 or more?
+    """Returns the training or test images of the digits, (examples, channels, size, size).
 
-    Always the same split: the order is drawn once, with seed 0.
+    The label is whether the digit is 5 or more. Always the same split: the order is drawn once, with seed 0.
     """
     with preserved_random_state():  # importing scikit-learn draws from Python's generator
         from sklearn.datasets import load_digits
@@ -80,7 +81,20 @@ NETWORKS: dict[str, tuple[Any, str, int, float]] = {
     "cnn-736": (lambda: ResidualCNN((32, 64, 64)), "conv_filter", 20, 6e-3),
     "cnn-2208": (lambda: ResidualCNN((96, 192, 192)), "conv_filter", 15, 6e-3),
     "vit-2304": (SmallViT, "linear_neuron", 30, 1e-3),
+    "resnet50": (lambda: _resnet50(), "conv_filter", 20, 2e-3),
 }
+
+
+def input_shape(name: str) -> tuple[int, int]:
+    """Returns the size and the channels of a network's inputs."""
+    return (224, 3) if name == "resnet50" else (16, 1)
+
+
+def _resnet50() -> nn.Module:
+    """Returns torchvision's ResNet-50 with two classes, weights random."""
+    model, _ = load_model(TorchvisionModel(source="torchvision", name="resnet50"))
+    model.fc = nn.Linear(2048, 2)
+    return model
 
 
 def trained_network(name: str, cache: str | os.PathLike[str]) -> tuple[nn.Module, ComponentIndex]:
@@ -96,9 +110,14 @@ def trained_network(name: str, cache: str | os.PathLike[str]) -> tuple[nn.Module
         if path.is_file():
             load_weights(model, _read(path), str(path))
         else:
-            train(model, digits_examples("train"), epochs, rate)
+            if name == "resnet50" and torch.cuda.is_available():
+                model = model.cuda()
+            train(model, digits_examples("train", *input_shape(name)), epochs, rate)
+            model = model.cpu()
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(model.state_dict(), path)
+    if name == "resnet50" and torch.cuda.is_available():
+        model = model.cuda()
     exclude = ("head",) if kind == "linear_neuron" else ()
     return model.eval(), ComponentIndex.from_model(model, [kind], exclude=exclude)
 

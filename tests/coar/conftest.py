@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,7 @@ from zarr.storage import MemoryStore
 import ablate
 import coar
 from ablate import ComponentIndex, KeepPlan, Port
+from coar.cli import main
 from stores import AttributionStore, CampaignStore
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -218,3 +223,85 @@ def tiny_campaign(tiny_net: nn.Module, tiny_examples: ablate.Examples) -> Campai
 def tiny_fit(tiny_campaign: CampaignStore) -> coar.Attributions:
     """Attributions of `tiny_net` on `tiny_examples`."""
     return coar.fit(tiny_campaign)
+
+
+DIGITS_SPEC = """
+rows = 60
+passes = 4
+ablate_fraction = 0.05
+seed = {seed}
+block_rows = 20
+store = "{store}"
+
+[model]
+source = "digits"
+cache = "{folder}/model.safetensors"
+
+[data]
+source = "digits"
+train_per_group = 2
+test_per_group = 2
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`run("status", store)`: runs the command line; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["coar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def run_json(run: Callable[..., tuple[int, str, str]]) -> Callable[..., Any]:
+    """`run_json("status", store)`: the same with `--json`; gives what it printed, strictly parsed."""
+
+    def call(*arguments: object) -> Any:
+        code, out, _ = run(*arguments, "--json")
+        assert code == 0
+
+        def refuse(constant: str) -> None:
+            raise ValueError(f"{constant} is no JSON")
+
+        return json.loads(out, parse_constant=refuse)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a spec of digits, its finished campaign, attributions and estimate; not to be changed."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "spec.toml").write_text(DIGITS_SPEC.format(folder=path, store=path / "campaign.zarr", seed=0))
+    campaign = ablate.run(path / "spec.toml", progress=False)
+    coar.fit(campaign, path / "campaign-attributions.zarr")
+    coar.estimate(path / "spec.toml", store=path / "campaign-estimate.zarr", quality_rows=10)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits_spec(folder: Path) -> Callable[..., str]:
+    """`digits_spec(store=None, seed=0)`: the spec of `folder` as text, for another store or seed."""
+
+    def text(store: Path | None = None, seed: int = 0) -> str:
+        return DIGITS_SPEC.format(folder=folder, store=folder / "campaign.zarr" if store is None else store, seed=seed)
+
+    return text
+
+
+@pytest.fixture
+def unfinished(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the campaign of `folder` whose last block is not finished."""
+    copied = tmp_path / "unfinished.zarr"
+    shutil.copytree(folder / "campaign.zarr", copied)
+    (copied / "ledger" / "c" / "2" / "0").unlink()
+    return copied

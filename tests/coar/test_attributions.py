@@ -14,6 +14,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 import ablate
 import coar
+from stores import CampaignStore
 from stores.blocks import Blocks
 
 Attributions = coar.Attributions
@@ -316,3 +317,15 @@ def test_reopened_from_disk_it_says_the_same(write_attributions: WriteAttributio
     pd.testing.assert_frame_equal(opened.quality, kept.quality)
     assert opened.index == kept.index
     assert opened.header == kept.header
+
+
+def test_says_where_quality_was_not_measured(write_attributions: WriteAttributions, planted: CampaignStore) -> None:
+    good = write_attributions([[1, 2], [3, 4]], correlation=[0.5, np.nan])
+    assert (good.quality_measured, good.quality_text()) == (True, "0.500")
+    constant = write_attributions([[1, 2]], correlation=np.nan)
+    assert (constant.quality_measured, constant.quality_text()) == (True, "undefined: outputs are constant")
+    all_fitted = coar.fit(planted, held_out=False)
+    assert (all_fitted.quality_measured, all_fitted.quality_text()) == (False, "not measured")
+    assert repr(all_fitted) == (
+        f"<Attributions: 30 examples x 12 components, held-out correlation not measured, {all_fitted.store.where}>"
+    )

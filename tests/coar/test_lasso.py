@@ -187,7 +187,7 @@ def test_importing_and_running_warn_of_nothing(tmp_path: Path) -> None:
 
 
 def test_least_squares_is_the_limit_of_no_penalty(write_campaign: WriteCampaign, planted_keep: Keep) -> None:
-    """With hardly any noise the smallest penalty of the path wins, and its weights are nearly those of least squares."""
+    """Without noise the smallest penalty of the path wins; its weights are nearly those of least squares."""
     outputs = planted_keep @ np.linspace(1, 2, 12)
     found = coar.fit(write_campaign(planted_keep, outputs[:, None]), method="lasso")
     model = LinearRegression().fit(planted_keep, outputs)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Lasso, LinearRegression, Ridge, RidgeCV
 
@@ -118,6 +118,7 @@ def test_the_chosen_penalty_is_that_of_a_slow_search(
     rows=st.integers(20, 70),
     held_out=st.booleans(),
 )
+@example(seed=0, components=24, examples=2, rows=20, held_out=False)  # errors of small penalties are nearly equal
 def test_equals_ridge_cv(
     write_campaign: WriteCampaign,
     draw_keep: Callable[..., Keep],
@@ -269,7 +270,7 @@ def test_outputs_that_are_all_constant_still_describe_themselves(
     write_campaign: WriteCampaign, planted_keep: Keep
 ) -> None:
     found = coar.fit(write_campaign(planted_keep, np.full((200, 2), 3.0)))
-    assert repr(found).startswith("<Attributions: 2 examples x 12 components, held-out correlation nan, ")
+    assert repr(found).startswith("<Attributions: 2 examples x 12 components, held-out correlation undefined")
 
 
 def test_a_component_that_was_never_ablated_has_no_weight(write_campaign: WriteCampaign, planted_keep: Keep) -> None:

@@ -76,6 +76,21 @@ def test_the_engine_gives_the_campaigns_outputs_again(folder: Path, untouched: A
     assert coar.evaluate(attributions, engine, examples, rows=20).correlations.shape == (7,)
 
 
+def test_an_estimate_leads_back_as_well(folder: Path, untouched: Any) -> None:
+    text = (folder / "spec.toml").read_text().replace("rows = 60\n", "")
+    (folder / "spec.toml").write_text(f'ablation = "mean"\n{text}')
+    estimate = coar.estimate(folder / "spec.toml", passes=6, quality_rows=20, store=folder / "estimate.zarr")
+    attributions = coar.open_attributions(folder / "estimate.zarr")
+    with untouched():
+        engine, examples = reload_engine(attributions)
+    assert engine.ablation.describe() == attributions.header["identity"]["of"]["ablation"] != "zero"
+    weights = coar.estimate(folder / "spec.toml", passes=6, quality_rows=0).weights[:]
+    found = coar.Gradient(passes=6, ablate_fraction=0.3).estimate(engine, examples, 0, 0)
+    np.testing.assert_array_equal(found.weights, weights)
+    np.testing.assert_array_equal(estimate.weights[:], weights)
+    assert coar.evaluate(attributions, engine, examples, rows=20).ablate_fraction == 0.3
+
+
 def test_the_campaign_store_is_not_needed(folder: Path) -> None:
     shutil.rmtree(folder / "campaign.zarr")
     _, examples = reload_engine(coar.open_attributions(folder / "attributions.zarr"))
@@ -114,5 +129,5 @@ def test_python_objects_cannot_be_loaded_again(tiny_fit: coar.Attributions) -> N
         reload_engine(tiny_fit)
     assert str(refused.value) == (
         f"{tiny_fit.store.where} was made from Python objects, which a store cannot load again. Use the Python "
-        "functions (coar.evaluate, Edit.apply) with your model and data, or run the campaign from a spec file."
+        "functions (coar.evaluate, Edit.apply) with your model and data, or start from a spec file."
     )

@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
+from torch import nn
 
+import ablate
 import coar
-from coar.report import Section, edit_section, provenance_section, quality_section, write_report
+from coar.report import Section, edit_section, provenance_section, quality_section, stderr_meaning, write_report
 from stores import CampaignStore
 
 NASTY = '<b onclick="x()">&amp;</b>{{ 7 * 7 }}'
@@ -95,7 +97,82 @@ def test_attributions_of_constant_outputs_can_be_reported(
     write_campaign: Callable[..., CampaignStore], planted_keep: npt.NDArray[np.bool_], tmp_path: Path
 ) -> None:
     attributions = coar.fit(write_campaign(planted_keep, np.full((200, 2), 0.1)))
-    assert "mean nan" in _report(tmp_path / "r.html", attributions)
+    page = _report(tmp_path / "r.html", attributions)
+    assert "keep-vectors: mean undefined: outputs are constant." in page
+    assert "nan" not in page
+
+
+def _tiny_estimate(
+    model: nn.Module, examples: ablate.Examples, method: str | coar.Estimator, quality_rows: int = 10
+) -> coar.Attributions:
+    fraction = None if isinstance(method, coar.Gradient) else 0.2
+    return coar.estimate(model, examples, method=method, ablate_fraction=fraction, quality_rows=quality_rows)
+
+
+def test_an_estimate_can_be_reported(tiny_net: nn.Module, tiny_examples: ablate.Examples, tmp_path: Path) -> None:
+    found = _tiny_estimate(tiny_net, tiny_examples, coar.Gradient(passes=6, ablate_fraction=0.2))
+    _require_self_contained(_report(tmp_path / "r.html", found))
+    quality = quality_section(found)
+    correlation = found.quality["correlation"]
+    assert list(quality.text) == [
+        "9 examples x 10 components, by gradient, 6 passes per example.",
+        "Correlation of predicted with true outputs on 10 held-out keep-vectors (20 % of the components ablated): mean "
+        f"{correlation.mean():.3f}, median {correlation.median():.3f}; share of examples below 0.5: "
+        f"{(correlation < 0.5).mean():.1%}.",
+        "Standard errors say how far each weight may be from that of infinitely many passes, judged by all examples "
+        "that were estimated together: intervals of 1.96 of them are meant to hold it in 95 % of cases. They do not "
+        "count the small bias that comes of gates between 0 and 1.",
+    ]
+    assert list(quality.tables["Quality per example (correlation and r2 on held-out rows)"]) == [
+        "statistic",
+        "correlation",
+        "r2",
+        "residual_sd",
+        "passes",
+    ]
+    tables = provenance_section(found.header).tables
+    assert tables["Method"].set_index("key")["value"].to_dict() == {
+        "method": "gradient",
+        "passes": "6",
+        "ablate_fraction": "0.2",
+        "background": "continuous",
+        "tolerance": "0.02",
+        "most_passes": "1000",
+        "forward_rows": "0",
+        "quality_rows": "10",
+    }
+    assert tables["Ablate fraction and seed"].to_dict("list") == {
+        "key": ["ablate_fraction", "seed"],
+        "value": ["0.2", "0"],
+    }
+    assert not {"passes", "rows", "block_rows", "store"} & set(tables["Spec"]["key"])  # of the spec, but not used
+
+
+def test_a_quality_that_was_not_measured_is_called_so(
+    tiny_net: nn.Module, tiny_examples: ablate.Examples, tiny_campaign: CampaignStore, tmp_path: Path
+) -> None:
+    estimate = _tiny_estimate(tiny_net, tiny_examples, "leave_one_out", quality_rows=0)
+    for found in (estimate, coar.fit(tiny_campaign, held_out=False)):
+        page = _report(tmp_path / "r.html", found)
+        assert "How well they predict outputs was not measured: no rows were held out." in page
+        assert "nan" not in "".join(_Page(page).text).lower()
+        assert _Page(page).tags.count("img") == 1
+        assert "held-out correlation not measured, " in repr(found)
+    assert quality_section(estimate).text[0] == "9 examples x 10 components, by leave_one_out, 11 passes per example."
+
+
+@pytest.mark.parametrize("method", [*coar.estimator_names(), "ridge", "ols", "lasso"])
+def test_what_standard_errors_count_is_told_for_every_method(method: str) -> None:
+    assert "see the method" not in stderr_meaning({"method": method})
+
+
+def test_what_standard_errors_count() -> None:
+    assert stderr_meaning({"method": "ridge", "ridge": 0.0}) == stderr_meaning({"method": "ols"})
+    exact = stderr_meaning({"method": "gradient", "background": "bernoulli"})
+    assert stderr_meaning({"method": "gradient", "background": "mixed"}) == (
+        f"{exact} They do not count the small bias that comes of gates between 0 and 1."
+    )
+    assert stderr_meaning({"method": "mine"}) == "For what the standard errors count, see the method: mine."
 
 
 def test_one_example_can_be_reported(write_attributions: Callable[..., coar.Attributions], tmp_path: Path) -> None:

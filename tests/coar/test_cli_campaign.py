@@ -1,0 +1,403 @@
+"""Commands that write stores, on a small real campaign: what they print, their JSON, their exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ablate
+import coar
+import stores
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_index(run: Run, run_json: Callable[..., Any], folder: Path) -> None:
+    code, out, _ = run("index", folder / "spec.toml")
+    assert code == 0
+    assert out.startswith("736 components in 14 modules; index ")
+    assert "blocks.5.conv2" in out
+    assert "Left out:" in out
+    found = run_json("index", folder / "spec.toml")
+    store = stores.CampaignStore.open(folder / "campaign.zarr")
+    assert (found["components"], found["hash"]) == (736, store.header["identity"]["index"])
+    assert sum(module["components"] for module in found["modules"]) == 736
+
+
+def test_index_explains_how_each_module_is_gated(run: Run, run_json: Callable[..., Any], folder: Path) -> None:
+    code, out, _ = run("index", folder / "spec.toml", "--explain")
+    assert code == 0
+    assert "How each module is gated:" in out
+    gating = run_json("index", folder / "spec.toml", "--explain")["gating"]
+    assert [row["module"] for row in gating][:2] == ["stem", "blocks.0.conv1"]
+    assert {row["activation gating"] for row in gating} == {"gated layer"}
+    assert "batch norm 'bn' folded in" in gating[0]["notes"]
+
+
+def test_a_factory_in_the_working_directory(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_for_cli.py").write_text("import torch\ndef net():\n    return torch.nn.Linear(2, 3)\n")
+    text = (folder / "spec.toml").read_text()
+    start, end = text.index("[model]"), text.index("[", text.index("[model]") + 1)
+    factory = '[model]\nsource = "factory"\nfactory = "mine_for_cli:net"\n'
+    (tmp_path / "spec.toml").write_text(text[:start] + factory + text[end:])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    code, out, _ = run("index", "spec.toml")
+    assert (code, out[:26]) == (0, "3 components in 1 modules;")
+
+
+def test_ablate_again_finds_it_complete(run: Run, folder: Path) -> None:
+    code, out, _ = run("ablate", folder / "spec.toml")
+    assert code == 0
+    assert out == f"Complete: 60 rows x 16 examples in {folder}/campaign.zarr\n"
+
+
+def test_ablate_goes_on_where_it_stopped(run: Run, folder: Path, unfinished: Path) -> None:
+    code, out, err = run("ablate", folder / "spec.toml", "--store", unfinished, "--quiet")
+    assert (code, err) == (0, "")
+    assert out == f"Complete: 60 rows x 16 examples in {unfinished}\n"
+    whole, again = (stores.CampaignStore.open(path) for path in (folder / "campaign.zarr", unfinished))
+    np.testing.assert_array_equal(again.outputs[:], whole.outputs[:])
+
+
+def test_ablate_refuses_another_campaigns_store(
+    run: Run, folder: Path, digits_spec: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "spec.toml").write_text(digits_spec(seed=5))
+    code, out, err = run("ablate", tmp_path / "spec.toml")
+    assert (code, out) == (4, "")
+    assert err == (
+        f"error: Campaign {folder}/campaign.zarr was made from something else. What differs (stored -> now):\n"
+        "  plan.seed: 0 -> 5\n"
+        "Give the original back, or name another store for the new campaign.\n"
+    )
+
+
+def test_ablate_with_other_versions(run: Run, folder: Path, unfinished: Path) -> None:
+    metadata = unfinished / "zarr.json"
+    header = json.loads(metadata.read_text())
+    header["attributes"]["identity"]["versions"]["torch"] = "1.0"
+    metadata.write_text(json.dumps(header))
+    command = ("ablate", folder / "spec.toml", "--store", unfinished, "--quiet")
+    code, _, err = run(*command)
+    assert code == 4
+    assert "versions.torch: 1.0 -> " in err
+    assert "`coar ablate --accept-versions`" in err
+    assert run(*command, "--accept-versions")[0] == 0
+
+
+def test_ablate_stops_at_an_output_that_is_no_number(run: Run, digits_spec: Callable[..., str], tmp_path: Path) -> None:
+    inputs = np.zeros((3, 1, 16, 16), dtype=np.float32)
+    inputs[1, 0, 3, 3] = np.nan
+    np.savez(tmp_path / "data.npz", inputs=inputs, targets=[0, 1, 0], ids=["fine", "sick", "well"])
+    text = digits_spec(tmp_path / "sick.zarr").split("[data]")[0]
+    (tmp_path / "spec.toml").write_text(f'{text}\n[data]\nsource = "arrays"\npath = "{tmp_path}/data.npz"\n')
+    code, out, err = run("ablate", tmp_path / "spec.toml", "--store", tmp_path / "sick.zarr", "--quiet")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: Output of keep row 0 on example 1 (id 'sick') is nan, expected a finite number.")
+
+
+def test_status(run: Run, run_json: Callable[..., Any], folder: Path) -> None:
+    store = folder / "campaign.zarr"
+    code, out, err = run("status", store)
+    assert (code, err) == (0, "")
+    assert out == f"{store}: complete, 60 of 60 rows (100%), 3 of 3 blocks; 16 examples, 736 components.\n"
+    found = run_json("status", store)
+    assert found.pop("spec")["rows"] == 60
+    assert found == {
+        "store": str(store),
+        "complete": True,
+        "finished_rows": 60,
+        "rows": 60,
+        "finished_blocks": 3,
+        "blocks": 3,
+        "examples": 16,
+        "components": 736,
+    }
+
+
+def test_status_of_an_unfinished_campaign(run: Run, unfinished: Path) -> None:
+    code, out, _ = run("status", unfinished)
+    assert code == 3
+    assert out == f"{unfinished}: not finished, 40 of 60 rows (67%), 2 of 3 blocks; 16 examples, 736 components.\n"
+    code, out, _ = run("status", unfinished, "--json")
+    assert code == 3
+    assert json.loads(out)["complete"] is False
+
+
+def test_fit(run: Run, run_json: Callable[..., Any], unfinished: Path) -> None:
+    target = unfinished.parent / "unfinished-attributions.zarr"
+    code, out, err = run("fit", unfinished, "--quiet")
+    assert (code, err) == (0, "")
+    mean = coar.open_attributions(target).quality["correlation"].mean()
+    assert out == (f"16 attributions from 40 rows in {target}. Held-out correlation, mean over examples: {mean:.3f}\n")
+    found = run_json("fit", unfinished, "--quiet")
+    assert found == {
+        "store": str(target),
+        "rows": 40,
+        "examples": 16,
+        "held_out_correlation": pytest.approx(mean),
+    }
+
+
+def test_fit_with_every_option(run: Run, unfinished: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.zarr"
+    options = ("--method", "lasso", "--ablate-fraction", "0.05", "--fit-all", "--device", "cpu", "--quiet")
+    code, out, err = run("fit", unfinished, "--out", target, *options)
+    assert (code, err) == (0, "")
+    assert out == f"16 attributions from 40 rows in {target}. No rows were held out.\n"
+    identity = coar.open_attributions(target).header["identity"]
+    assert (identity["method"], identity["held_out"]) == ("lasso", False)
+    code, _, err = run("fit", unfinished, "--out", target, "--method", "forest")
+    assert (code, err) == (2, "error: method is 'forest', expected one of ridge, ols, lasso.\n")
+
+
+def test_fit_refuses_to_replace_another_fit_unasked(run: Run, unfinished: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.zarr"
+    assert run("fit", unfinished, "--out", target, "--quiet")[0] == 0
+    code, out, err = run("fit", unfinished, "--out", target, "--ridge", "3")
+    assert (code, out) == (4, "")
+    assert err.startswith(f"error: Attribution store {target} was made from something else.")
+    assert "  ridge: chosen per example -> 3.0\n" in err
+    assert run("fit", unfinished, "--out", target, "--ridge", "3", "--overwrite", "--quiet")[0] == 0
+    assert (coar.open_attributions(target).quality["ridge"] == 3).all()
+
+
+def test_fit_in_too_little_memory(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, _, err = run("fit", folder / "campaign.zarr", "--out", tmp_path / "a.zarr", "--memory-gib", "0.01")
+    assert code == 2
+    assert err.startswith("error: memory=10,737,418 bytes is too small to fit 736 components: at least ")
+
+
+def test_all_problems_of_a_spec_at_once(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "spec.toml").write_text(
+        """
+rows = 0
+ablate_fractoin = 0.05
+output = "margn"
+precision = "float16"
+
+[model]
+source = "torchvison"
+
+[data]
+source = "arrays"
+path = "x.npz"
+"""
+    )
+    code, out, err = run("ablate", tmp_path / "spec.toml")
+    assert (code, out) == (2, "")
+    lines = err.splitlines()
+    assert lines[0] == f"error: {tmp_path}/spec.toml: 6 problems"
+    for start in (
+        "rows: got 0, but it should be greater than or equal to 1",
+        "ablate_fraction: missing. Give it.",
+        "ablate_fractoin: unknown key. Did you mean 'ablate_fraction'?",
+        "output: got 'margn', expected one of margin, logit, log_probability, loss, token_margin. Did",
+        "precision: got 'float16', expected one of float32, float64",
+        "model.source: got 'torchvison', expected one of digits, torchvision, timm, open_clip",
+    ):
+        assert any(start in line for line in lines[1:]), f"{start!r} is missing in\n{err}"
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read: No such file"), ("rows = = 1", "is no TOML")])
+def test_a_spec_that_cannot_be_read(run: Run, tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "spec.toml").write_text(content)
+    for command in ("index", "ablate", "estimate"):
+        code, _, err = run(command, tmp_path / "spec.toml")
+        assert code == 2
+        assert err.startswith(f"error: {tmp_path}/spec.toml: 1 problem\n  1. {message}")
+
+
+def test_a_spec_without_a_store(run: Run, folder: Path, tmp_path: Path) -> None:
+    text = "\n".join(line for line in (folder / "spec.toml").read_text().splitlines() if not line.startswith("store"))
+    (tmp_path / "spec.toml").write_text(text)
+    code, _, err = run("ablate", tmp_path / "spec.toml")
+    assert code == 2
+    assert "store: missing. Name one in the spec, or pass store=." in err
+    assert run("estimate", tmp_path / "spec.toml") == (
+        2,
+        "",
+        f"error: {tmp_path}/spec.toml: 1 problem\n  1. store: missing. Name one in the spec, or pass --out.\n",
+    )
+
+
+def estimated(path: Path) -> bytes:
+    """Returns everything that an estimate stores per example, as bytes."""
+    store = coar.open_attributions(path).store
+    arrays = [store.weights[:], store.stderr[:], store.bias[:], *store.quality.values()]
+    return b"".join(array.tobytes() for array in arrays)
+
+
+def test_estimate(
+    run: Run, run_json: Callable[..., Any], folder: Path, digits_spec: Callable[..., str], tmp_path: Path
+) -> None:
+    spec, target = tmp_path / "spec.toml", tmp_path / "mine-estimate.zarr"
+    text = digits_spec(tmp_path / "mine.zarr").replace("rows = 60\n", "")  # an estimate needs none
+    spec.write_text(text)
+    code, out, err = run("estimate", spec, "--quality-rows", "10", "--quiet")
+    assert (code, err) == (0, "")
+    same = coar.open_attributions(folder / "campaign-estimate.zarr")  # by coar.estimate, from the same settings
+    mean = same.quality["correlation"].mean()
+    assert out == (
+        f"16 attributions by gradient from 4 passes per example in {target}. Correlation on 10 held-out keep-vectors, "
+        f"mean over examples: {mean:.3f}\n"
+    )
+    assert estimated(target) == estimated(folder / "campaign-estimate.zarr")
+    assert coar.open_attributions(target).header["identity"] == same.header["identity"]
+    assert run_json("estimate", spec, "--quality-rows", "10") == {
+        "store": str(target),
+        "method": "gradient",
+        "examples": 16,
+        "passes": 4.0,
+        "ablate_fraction": 0.05,
+        "held_out_correlation": pytest.approx(mean),
+    }
+    assert not (tmp_path / "mine.zarr").exists()  # no campaign was run
+    code, _, err = run("ablate", spec)
+    assert (code, "rows: missing" in err) == (2, True)
+
+
+def test_estimate_with_every_option(
+    run: Run, run_json: Callable[..., Any], folder: Path, untouched: Any, tmp_path: Path
+) -> None:
+    target = tmp_path / "new" / "a.zarr"
+    options: list[object] = ["--out", target, "--method", "gradient", "--ablate-fraction", "0.2"]
+    options += ["--background", "mixed", "--passes", "auto", "--tolerance", "0.9", "--forward-rows", "12"]
+    options += ["--quality-rows", "0", "--block-examples", "5", "--memory-gib", "1.5", "--quiet"]
+    with untouched():
+        code, out, err = run("estimate", folder / "spec.toml", *options)
+    assert (code, err) == (0, "")
+    assert out == f"16 attributions by gradient from 8 passes per example in {target}. Quality was not measured.\n"
+    found = coar.open_attributions(target)
+    expected = coar.estimate(
+        ablate.CampaignSpec.from_dict(found.header["spec"], "the spec that was stored"),
+        method=coar.Gradient("auto", 0.2, background="mixed", tolerance=0.9, forward_rows=12),
+        quality_rows=0,
+        block_examples=5,
+    )
+    assert found.header["identity"] == expected.header["identity"]
+    assert (found.header["spec"]["passes"], found.header["spec"]["ablate_fraction"]) == ("auto", 0.2)
+    np.testing.assert_array_equal(found.weights[:], expected.weights[:])
+    assert found.store.block_examples == 5
+    assert run_json("estimate", folder / "spec.toml", *options)["held_out_correlation"] is None
+    assert repr(found) == f"<Attributions: 16 examples x 736 components, held-out correlation not measured, {target}>"
+
+
+def test_estimate_by_a_baseline(run: Run, folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.zarr"
+    command = ("estimate", folder / "spec.toml", "--method", "gradient_times_gate", "--out", target)
+    code, out, _ = run(*command, "--quality-rows", "0", "--quiet")
+    assert code == 0
+    assert out.startswith("16 attributions by gradient_times_gate from 1 pass per example in ")
+    code, out, _ = run("top", target, "--example", "0", "-k", "1")
+    assert code == 0
+    assert out.splitlines()[-2].endswith("│  0.000 │ - │")  # no standard error, so no weight in units of it
+
+
+def test_estimate_goes_on_where_it_stopped(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("estimate", folder / "spec.toml", "--quality-rows", "10", "--block-examples", "8", "--quiet", "--out")
+    assert run(*command, tmp_path / "whole.zarr")[0] == 0
+    write = stores.AttributionStore.write_block
+    written: list[int] = []
+
+    def killed(store: stores.AttributionStore, block: int, values: Any) -> None:
+        if block == 1 and not written:
+            written.append(block)
+            raise OSError("the disk is full")
+        write(store, block, values)
+
+    monkeypatch.setattr(stores.AttributionStore, "write_block", killed)
+    code, out, err = run(*command, tmp_path / "a.zarr")
+    assert (code, out, err) == (1, "", "error: the disk is full\n")
+    assert run("top", tmp_path / "a.zarr", "--example", "0")[0] == 3
+    assert run(*command, tmp_path / "a.zarr")[0] == 0
+    assert estimated(tmp_path / "a.zarr") == estimated(tmp_path / "whole.zarr")
+
+
+def test_estimate_refuses_to_replace_another_estimate_unasked(run: Run, folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.zarr"
+    command = ("estimate", folder / "spec.toml", "--out", target, "--quality-rows", "0", "--quiet")
+    assert run(*command)[0] == 0
+    assert run(*command, "--passes", "3") == (
+        4,
+        "",
+        f"error: Attribution store {target} was made from something else. What differs (stored -> now):\n"
+        "  passes: 4 -> 3\n"
+        "Name another store, or replace this one with overwrite=True (`--overwrite`).\n",
+    )
+    assert run(*command, "--passes", "3", "--overwrite")[0] == 0
+    assert (coar.open_attributions(target).quality["passes"] == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--method", "gradeint"],
+            "error: No method 'gradeint'. Did you mean 'gradient'? Regression (ridge, ols, lasso) needs a campaign: "
+            "`coar ablate`, then `coar fit`.\n",
+        ),
+        (["--passes", "many"], "error: passes is 'many', expected an integer from 2 to 32,767, or 'auto'.\n"),
+        (["--passes", "1"], "error: passes is 1, expected an integer from 2 to 32,767, or 'auto'.\n"),
+        (["--tolerance", "0.1"], "error: tolerance is given beside 4 passes. Give it with --passes auto only.\n"),
+        (
+            ["--method", "random", "--passes", "3"],
+            "error: Method 'random' has no setting 'passes'; it takes no settings.\n",
+        ),
+        (
+            ["--method", "random", "--tolerance", "0.1"],
+            "error: Method 'random' has no setting 'tolerance'; it takes no settings.\n",
+        ),
+        (["--quality-rows", "3"], "error: quality_rows is 3, expected 0 (none) or at least 10.\n"),
+        (["--memory-gib", "0.01"], "error: memory=10,737,418 bytes is too small for 736 components: at least "),
+        (["--ablate-fraction", "0.7"], "error: ablate_fraction is 0.7, expected "),
+        (["--background", "mixd"], "error: background is 'mixd', expected "),
+    ],
+)
+def test_estimate_refuses(run: Run, folder: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    code, out, err = run("estimate", folder / "spec.toml", "--out", tmp_path / "a.zarr", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+    assert message.endswith(" ") or err == message
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_estimate_at_one_of_several_fractions(
+    run: Run, digits_spec: Callable[..., str], folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "spec.toml").write_text(digits_spec().replace("= 0.05", "= [0.05, 0.1]"))
+    command = ("estimate", tmp_path / "spec.toml", "--out", tmp_path / "a.zarr", "--quality-rows", "10", "--quiet")
+    assert run(*command) == (
+        2,
+        "",
+        f"error: {tmp_path}/spec.toml has several ablate fractions (0.05, 0.1), an estimate is about one. Choose it "
+        "with --ablate-fraction.\n",
+    )
+    assert run(*command, "--ablate-fraction", "0.05")[0] == 0
+    assert estimated(tmp_path / "a.zarr") == estimated(folder / "campaign-estimate.zarr")
+
+
+def test_estimate_stops_at_an_output_that_is_no_number(
+    run: Run, digits_spec: Callable[..., str], tmp_path: Path
+) -> None:
+    inputs = np.zeros((3, 1, 16, 16), dtype=np.float32)
+    inputs[2, 0, 3, 3] = np.nan
+    np.savez(tmp_path / "data.npz", inputs=inputs, targets=[0, 1, 0], ids=["fine", "well", "sick"])
+    text = digits_spec(tmp_path / "sick.zarr").split("[data]")[0]
+    (tmp_path / "spec.toml").write_text(f'{text}\n[data]\nsource = "arrays"\npath = "{tmp_path}/data.npz"\n')
+    code, out, err = run("estimate", tmp_path / "spec.toml", "--quiet")
+    assert (code, out) == (1, "")
+    assert "example 2" in err
+    assert "(id 'sick') is nan, expected a finite number." in err
