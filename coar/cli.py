@@ -16,7 +16,7 @@ import typer
 import ablate
 import coar
 import stores
-from coar import cli_campaign, cli_queries
+from coar import cli_campaign, cli_estimate, cli_queries
 from coar.cli_common import BAD_INPUT, FAILED, MISMATCH, NOT_FINISHED, say
 from coar.demo import run_demo
 
@@ -59,7 +59,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "status": cli_campaign.status,
         "fit": cli_campaign.fit_campaign,
     },
-    "Or estimate from the model, without a campaign": {"estimate": cli_campaign.estimate_spec},
+    "Or estimate from the model, without a campaign": {"estimate": cli_estimate.estimate_spec},
     "Judge and ask": {
         "evaluate": cli_queries.evaluate,
         "top": cli_queries.top,

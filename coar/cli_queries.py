@@ -20,9 +20,9 @@ def evaluate(
     attributions: AttributionsPath,
     rows: Annotated[int, typer.Option(min=2, help="Number of fresh keep-vectors per ablate fraction.")] = 200,
     ablate_fraction: Annotated[
-        list[float] | None, typer.Option(help="Share ablated; repeatable; default: the campaign's.")
+        list[float] | None, typer.Option(help="Share ablated; repeatable; default: that of the attributions.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Must differ from the campaign's.")] = 1_000_003,
+    seed: Annotated[int, typer.Option(min=0, help="Must differ from that of the campaign or estimate.")] = 1_000_003,
     as_json: Json = False,
 ) -> None:
     """Judge attributions on fresh keep-vectors: correlation of predicted with true outputs."""

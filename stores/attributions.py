@@ -101,7 +101,7 @@ class AttributionStore:
         if not finished.all() and not finish:
             raise UnfinishedStoreError(
                 f"{store.where}: only {int(finished.sum())} of {len(finished)} blocks of examples are estimated. "
-                "Run the same fit again to finish it."
+                "Run the same again to finish it."
             )
         store._blocks.check_present()
         return store

@@ -144,10 +144,8 @@ def gate_of(start: Doubles, round_number: int) -> Doubles:
     return (start + round_number * GOLDEN) % 1.0
 
 
-def check_design(ablate_fraction: float, background: str, components: int) -> None:
-    """Raises FitError for an ablate fraction or background that there is no design for, or an empty index."""
-    if components < 1:
-        raise FitError("The component index is empty: there is nothing to attribute to. Choose other kinds or modules.")
+def check_design(ablate_fraction: float, background: str) -> None:
+    """Raises FitError for an ablate fraction or background that there is no design for."""
     if not 0 < ablate_fraction <= 0.5:
         raise FitError(
             f"ablate_fraction is {ablate_fraction}, expected a number above 0 and at most 0.5 for estimates from "

@@ -49,6 +49,21 @@ class DualSpectrum(Spectrum):
             rows = slice(start, min(start + ROWS_AT_ONCE, len(self.keep)))
             yield rows, self.vectors[rows] @ scaled
 
+    @property
+    def lengths(self) -> Matrix:
+        """Ones: of Q."""
+        return np.ones(len(self.values))
+
+    def scaled(self, shrink: Matrix) -> Matrix:
+        """Returns values shrink."""
+        return np.asarray(self.values[:, None] * shrink)
+
+    def rotated_rows(self) -> Iterator[tuple[slice, Array]]:
+        """Yields Q."""
+        for start in range(0, len(self.keep), ROWS_AT_ONCE):
+            rows = slice(start, min(start + ROWS_AT_ONCE, len(self.keep)))
+            yield rows, self.arrays.narrow(self.vectors[rows])
+
     def leverages(self, ridges: Matrix) -> Matrix:
         """Returns Q^2 @ (values shrink)."""
         scaled = self.arrays.put(self.values[:, None] * self.shrink(ridges))

@@ -56,7 +56,7 @@ class Gradient(Estimator):
     forward_rows: int = 0
 
     def __post_init__(self) -> None:
-        check_design(self.ablate_fraction, self.background, components=1)
+        check_design(self.ablate_fraction, self.background)
         whole = isinstance(self.passes, int) and not isinstance(self.passes, bool) and 2 <= self.passes <= 2**15 - 1
         if self.passes != "auto" and not whole:
             raise FitError(f"passes is {self.passes!r}, expected an integer from 2 to {2**15 - 1:,}, or 'auto'.")
@@ -79,7 +79,6 @@ class Gradient(Estimator):
     def estimate(self, engine: Engine, examples: Examples, first: int, seed: int) -> BlockEstimate:
         """Returns the attributions of a block; errors as `Engine.gate_gradients`, and FitError."""
         components = len(engine.index)
-        check_design(self.ablate_fraction, self.background, components)
         check_differentiable(engine, examples)
         design = GateDesign(components, self.ablate_fraction, self.background, seed)
         passes = design.passes(range(first, first + len(examples)))

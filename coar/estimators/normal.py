@@ -14,6 +14,10 @@ from coar.estimators.spectrum import Spectrum
 class PrimalSpectrum(Spectrum):
     """K'K = V diag(values) V': size is the number of components; coefficients are V'K'Y."""
 
+    def __init__(self, keep: PackedKeep, arrays: Arrays, values: Matrix, vectors: Array) -> None:
+        super().__init__(keep, arrays, values, vectors)
+        self._rotated: list[tuple[slice, Array]] = []
+
     @classmethod
     def of(cls, keep: PackedKeep, arrays: Arrays) -> PrimalSpectrum:
         """Returns the decomposition. Cost: rows x components^2 multiplications, about 10 components^3 operations."""
@@ -44,13 +48,43 @@ class PrimalSpectrum(Spectrum):
         for rows, K in self.keep.slabs(self.arrays):
             yield rows, K @ weights - level
 
-    def leverages(self, ridges: Matrix) -> Matrix:
-        """Returns (K V)^2 @ shrink. Cost: rows x components^2 multiplications."""
-        shrink = self.arrays.put(self.shrink(ridges))
+    @property
+    def lengths(self) -> Matrix:
+        """The eigenvalues: of K V."""
+        return self.values
+
+    def scaled(self, shrink: Matrix) -> Matrix:
+        """Returns shrink."""
+        return shrink
+
+    def rotated_rows(self) -> Iterator[tuple[slice, Array]]:
+        """Yields K V. Cost: rows x components^2 multiplications, unless they were kept."""
+        if self._rotated:
+            yield from self._rotated
+        else:
+            for rows, rotated in self._rotate_rows():
+                yield rows, self.arrays.narrow(rotated)
+
+    def _rotate_rows(self) -> Iterator[tuple[slice, Array]]:
+        """Yields K V in float64."""
         level = self.arrays.put(self.keep.mean()) @ self.vectors
-        result = np.empty((len(self.keep), len(ridges)))
         for rows, K in self.keep.slabs(self.arrays):
-            result[rows] = self.arrays.get((K @ self.vectors - level) ** 2 @ shrink)
+            rotated = K @ self.vectors
+            rotated -= level
+            yield rows, rotated
+
+    def leverages(self, ridges: Matrix) -> Matrix:
+        """Returns (K V)^2 @ shrink; keeps K V, narrow, where it fits. Cost: rows x components^2 multiplications."""
+        shrink = self.arrays.put(self.shrink(ridges))
+        result = np.empty((len(self.keep), len(ridges)))
+        size = self.keep.components
+        # beside V, in the room that the decomposition needed: see `MemoryPlan`
+        keeps = len(self.keep) * self.arrays.narrow_bytes <= 2 * 8 * size
+        self._rotated = []
+        for rows, rotated in self._rotate_rows():
+            if keeps:
+                self._rotated.append((rows, self.arrays.narrow(rotated)))
+            result[rows] = self.arrays.get(rotated**2 @ shrink)
         return result
 
     def variances(self, ridges: Matrix) -> Matrix:

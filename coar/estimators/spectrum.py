@@ -61,6 +61,19 @@ class Spectrum(ABC):
     def fitted(self, shrunk: Array) -> Iterator[tuple[slice, Array]]:
         """Yields, a slab of rows at a time, K @ weights of shrunk coefficients (size, columns)."""
 
+    @property
+    @abstractmethod
+    def lengths(self) -> Matrix:
+        """The squared length of every column of `rotated_rows`, (size,); the columns are orthogonal."""
+
+    @abstractmethod
+    def scaled(self, shrink: Matrix) -> Matrix:
+        """Returns the factors, (size, ridges): rotated rows @ (factors x coefficients) is what `fitted` yields."""
+
+    @abstractmethod
+    def rotated_rows(self) -> Iterator[tuple[slice, Array]]:
+        """Yields, a slab of rows at a time, the narrow (rows, size) matrix that fits without a change of basis."""
+
     @abstractmethod
     def leverages(self, ridges: Matrix) -> Matrix:
         """Returns the diagonal of the hat matrix without the intercept's 1 / rows, (rows, ridges)."""

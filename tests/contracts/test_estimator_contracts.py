@@ -23,6 +23,7 @@ from coar.estimators.registry import estimator_names, get_estimator
 Randomise = Callable[[nn.Module, int], nn.Module]
 Untouched = Callable[..., AbstractContextManager[None]]
 LABELS = [0, 1, 2, 2, 1, 0, 1]
+NOT_COMPLETE = {"gradient": "predicts best under random keep-vectors, not with everything kept"}
 NOT_EXACT = {
     "random": "knows nothing of the model",
     "internal_influence": "is per unit of activation, not in units of the output",
@@ -143,7 +144,11 @@ def test_with_everything_kept_the_prediction_is_the_output(
     with torch.no_grad():
         full = ablate.Margin()(model(examples.inputs()), examples.targets).numpy()
     predicted = found.bias.astype(np.float64) + found.weights.sum(axis=1, dtype=np.float64)
-    np.testing.assert_allclose(predicted, full, rtol=1e-4, atol=1e-4)
+    if estimator.name in NOT_COMPLETE:
+        assert np.abs(predicted - full).max() > 1e-3, f"{estimator.name} {NOT_COMPLETE[estimator.name]}"
+        np.testing.assert_allclose(predicted, full, atol=0.2 * np.abs(full).max())
+    else:
+        np.testing.assert_allclose(predicted, full, rtol=1e-4, atol=1e-4)
 
 
 def test_a_linear_network_is_exact(estimator: Estimator) -> None:

@@ -1,0 +1,104 @@
+"""A real `kill -9` of an estimate at any moment: the same command finishes it, with the bytes of one never killed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import coar
+from stores import AttributionStore
+
+pytestmark = pytest.mark.faults
+
+PROGRAM = """
+import sys, time, runpy
+import torch, coar
+torch.set_num_threads(1)
+victim = runpy.run_path(sys.argv[2])
+model, delay = victim["small_model"](), float(sys.argv[3])
+model.register_forward_pre_hook(lambda module, inputs: time.sleep(delay))
+print("ready", flush=True)
+coar.estimate(model, victim["small_examples"](), passes=6, ablate_fraction=0.2, seed=5, quality_rows=10,
+    block_examples=2, store=sys.argv[1])
+"""
+
+
+def _start(path: Path, delay: float) -> subprocess.Popen[str]:
+    """Returns a process that is about to estimate into `path`; each forward takes `delay` seconds longer."""
+    victim = str(Path(__file__).with_name("victim.py"))
+    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(path), victim, str(delay)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def _finish(process: subprocess.Popen[str]) -> int:
+    with process:
+        return process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished store of the estimate. Not to be changed."""
+    path = tmp_path_factory.mktemp("undisturbed") / "a.zarr"
+    assert _finish(_start(path, 0.0)) == 0
+    return path
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    found = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    return {name: data for name, data in found.items() if not name.endswith(".partial")}
+
+
+def _check_finished_blocks(path: Path, undisturbed: Path) -> int:
+    """Compares the checksums of the finished blocks with those of the undisturbed run; returns how many there are."""
+    store, whole = AttributionStore.open(path, finish=True), AttributionStore.open(undisturbed)
+    finished = store._blocks.finished()
+    np.testing.assert_array_equal(store._blocks.digests()[finished], whole._blocks.digests()[finished])
+    return int(finished.sum())
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    assert _finish(process) == -signal.SIGKILL
+
+
+def test_kill_9_and_the_same_estimate_again(tmp_path: Path, undisturbed: Path) -> None:
+    path = tmp_path / "a.zarr"
+    process = _start(path, 0.02)
+    deadline = time.monotonic() + 60
+    while len(list((path / "ledger" / "c").glob("*/0"))) < 2:
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline, "never finished a block"
+        time.sleep(0.005)
+    _kill(process)
+    assert 2 <= _check_finished_blocks(path, undisturbed) < 5
+    assert _finish(_start(path, 0.0)) == 0
+    assert _files(path) == _files(undisturbed)
+    coar.open_attributions(path).store.verify()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_at_random(tmp_path: Path, undisturbed: Path) -> None:
+    path, moments = tmp_path / "a.zarr", random.Random(3)  # noqa: S311
+    finished = 0
+    for _ in range(5):
+        process = _start(path, 0.03)
+        time.sleep(moments.uniform(0.0, 1.0))
+        if process.poll() is not None:
+            assert _finish(process) == 0
+            break
+        _kill(process)
+        if path.exists():
+            before, finished = finished, _check_finished_blocks(path, undisturbed)
+            assert finished >= before, "what was finished stays"
+    assert _finish(_start(path, 0.0)) == 0
+    assert _files(path) == _files(undisturbed)
