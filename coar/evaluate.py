@@ -285,7 +285,7 @@ def _check_subject(attributions: Attributions, engine: Engine, examples: Example
     """Raises QueryError unless these are fresh rows, of the model, output and examples of the attributions."""
     of = attributions.header["identity"]["of"]
     if seed == of["plan"]["seed"]:
-        raise QueryError(f"seed={seed} is the campaign's: its keep-vectors were used for fitting. Give another seed.")
+        raise QueryError(f"seed={seed} is the one that these attributions were made with. Give another seed.")
     if rows < 2:
         raise QueryError(f"A correlation needs at least 2 keep-vectors, got rows={rows}.")
     if engine.index != attributions.index:

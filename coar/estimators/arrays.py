@@ -110,7 +110,7 @@ class TorchArrays(Arrays):
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def narrow(self, values: Array) -> Array:
-        """Returns the values as they are: float32 products on CUDA may be rounded to TF32, as the user's settings are."""
+        """Returns the values as they are: the user's settings may round float32 products to TF32."""
         return values
 
     def eigh(self, matrix: Array) -> tuple[Array, Array]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from coar.errors import FitError
 from coar.estimators.packed import ROWS_AT_ONCE
+from coar.estimators.ridge import ROWS_IN_CACHE
 from coar.estimators.rows import CHOOSE, FIT, TEST, CampaignRows
 
 BLOCK_EXAMPLES = 256
@@ -57,7 +58,9 @@ def _ridge(fitted: int, components: int, penalties: int) -> tuple[int, int]:
     each = 8 * (3 * fitted + 6 * size + 4 * components)
     if penalties > 1:  # leave-one-out
         fixed += 8 * 2 * fitted * penalties
-        each += 8 * penalties * (2 * size + 3 * min(fitted, ROWS_AT_ONCE))
+        slab, cached = min(fitted, ROWS_AT_ONCE), min(fitted, ROWS_IN_CACHE)
+        # common columns: all in float32, or three quarters as many as penalties in float64
+        each += 6 * penalties * (size + slab) + 8 * penalties * (2 * cached + 8)
     return fixed, each
 
 

@@ -82,7 +82,7 @@ def fit(
       components with weights, and for each other component that of its weight if it were added to them; 0 if it was
       never ablated. They know nothing of the selection and the shrinkage, and are too small therefore.
 
-    Cost: no forward passes. With size = min(rows, components): rows x components x (size + about 12 examples)
+    Cost: no forward passes. With size = min(rows, components): rows x components x (2 size + about 6 examples)
       multiplications, one eigendecomposition (size^3); the lasso three Gram matrices and a descent per example.
 
     Raises:

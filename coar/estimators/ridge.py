@@ -16,7 +16,7 @@ from coar.estimators.spectrum import Spectrum
 # What part of a penalty's shrinkage may be lost when all penalties are compared by a few common columns. What is lost
 # is bounded, and penalties that this leaves undecided are compared exactly: it sets the cost, and no result.
 NEGLIGIBLE = 1e-5
-ROWS_IN_CACHE = 64
+ROWS_IN_CACHE = 64  # whose errors of all penalties are held at a time
 
 
 def decompose(keep: PackedKeep, arrays: Arrays) -> Spectrum:
@@ -61,11 +61,14 @@ def common_columns(factors: Matrix) -> tuple[Matrix, Matrix]:
     return left[:, :few], singular[:few, None] * right[:few] * length
 
 
-def leave_one_out(spectrum: Spectrum, penalties: Penalties, outputs: Array, coefficients: Array) -> tuple[Matrix, Matrix]:
-    """Returns the norm of the errors on rows that were left out one at a time, in closed form, and a bound on its error.
+def leave_one_out(
+    spectrum: Spectrum, penalties: Penalties, outputs: Array, coefficients: Array
+) -> tuple[Matrix, Matrix]:
+    """Returns the norm of the errors on rows left out one at a time, in closed form, and a bound on its error.
 
-    Both (ridges, examples). Computed for all penalties from a few common columns, in narrow numbers. The bound holds
-    what the columns leave out, exactly, and rounding as it grows in sums whose rounding errors are independent.
+    Both (ridges, examples), in units of the norm of the example's outputs. Computed for all penalties from a few common
+    columns, in narrow numbers. The bound holds what the columns leave out, exactly, and rounding as it grows in sums
+    whose rounding errors are independent.
 
     Args:
       spectrum, penalties: Of the fitted rows; several penalties.
@@ -81,17 +84,21 @@ def leave_one_out(spectrum: Spectrum, penalties: Penalties, outputs: Array, coef
     factors = spectrum.scaled(spectrum.shrink(penalties.ridges))
     basis, mix = common_columns(factors)
     few, examples = basis.shape[1], outputs.shape[1]
+    unit = np.sqrt(arrays.get((outputs**2).sum(axis=0)))
+    unit = arrays.put(np.where(unit > 0, unit, 1.0))  # narrow numbers have a narrow range, too
+    coefficients = coefficients / unit
     columns = arrays.narrow(arrays.put(basis))[:, :, None] * arrays.narrow(coefficients)[:, None, :]
     columns = columns.reshape(len(basis), few * examples)
     signed = np.concatenate([mix, -np.ones((1, mix.shape[1]))]).T  # (ridges, few + 1): of the columns and the outputs
     squares = arrays.zeros(len(penalties.ridges), examples)
     parts = arrays.narrow(arrays.zeros(ROWS_IN_CACHE, few + 1, examples))
     for slab, rotated in spectrum.rotated_rows():
-        for start in range(0, len(rotated), ROWS_IN_CACHE):
-            some = rotated[start : start + ROWS_IN_CACHE]
+        fitted = (rotated @ columns).reshape(len(rotated), few, examples)
+        for start in range(0, len(fitted), ROWS_IN_CACHE):
+            some = fitted[start : start + ROWS_IN_CACHE]
             rows = slice(slab.start + start, slab.start + start + len(some))
-            parts[: len(some), :few] = (some @ columns).reshape(len(some), few, examples)
-            parts[: len(some), few] = outputs[rows]
+            parts[: len(some), :few] = some
+            parts[: len(some), few] = outputs[rows] / unit
             errors = arrays.narrow(arrays.put(missed[rows, :, None] * signed)) @ parts[: len(some)]
             errors *= errors
             squares += errors.sum(axis=0)
@@ -101,7 +108,7 @@ def leave_one_out(spectrum: Spectrum, penalties: Penalties, outputs: Array, coef
     lengths = spectrum.lengths[:, None]
     lost = np.sqrt(arrays.get(arrays.put(lengths * (factors - basis @ mix) ** 2).T @ energy))
     sizes = np.sqrt(arrays.get(arrays.put(lengths * basis**2).T @ energy))
-    sizes = np.abs(mix).T @ sizes + np.sqrt(arrays.get((outputs**2).sum(axis=0)))
+    sizes = np.abs(mix).T @ sizes + 1.0  # the outputs' own
     rounding = arrays.rounding * (8 + np.sqrt(len(basis)))
     return norm, missed.max(axis=0)[:, None] * (lost + rounding * sizes) + ROWS_IN_CACHE * arrays.rounding * norm
 
@@ -129,9 +136,9 @@ def choose(spectrum: Spectrum, penalties: Penalties, outputs: Array, coefficient
     Cost: that of `leave_one_out`, and 2 rows x components multiplications per undecided example and penalty.
     """
     norm, bound = leave_one_out(spectrum, penalties, outputs, coefficients)
-    possible = norm - bound <= (norm + bound).min(axis=0)
+    possible = ~(norm - bound > (norm + bound).min(axis=0))  # what is NaN in narrow numbers is possible
     count, examples = possible.shape
-    chosen = count - 1 - np.argmax(possible[::-1], axis=0)  # the only one, where there is one
+    chosen: npt.NDArray[np.intp] = count - 1 - np.argmax(possible[::-1], axis=0)  # the only one, where there is one
     undecided = np.where(possible.sum(axis=0) != 1)[0]
     errors = np.full((count, len(undecided)), np.inf)
     ridges, columns = np.nonzero(possible[:, undecided])

@@ -118,6 +118,8 @@ def trained_network(name: str, cache: str | os.PathLike[str]) -> tuple[nn.Module
             save_file(model.state_dict(), path)
     if name == "resnet50" and torch.cuda.is_available():
         model = model.cuda()
+    if name == "resnet50":
+        return model.eval(), ComponentIndex.from_preset(model, "coar-resnet")
     exclude = ("head",) if kind == "linear_neuron" else ()
     return model.eval(), ComponentIndex.from_model(model, [kind], exclude=exclude)
 

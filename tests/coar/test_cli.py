@@ -88,9 +88,7 @@ def test_attributions_that_are_not_finished(run: Run, attributions: Path, tmp_pa
     (copied / "ledger" / "c" / "0" / "0").unlink()
     code, out, err = run("evaluate", copied)
     assert (code, out) == (3, "")
-    assert err == (
-        f"error: {copied}: only 0 of 1 blocks of examples are estimated. Run the same fit again to finish it.\n"
-    )
+    assert err == (f"error: {copied}: only 0 of 1 blocks of examples are estimated. Run the same again to finish it.\n")
 
 
 def test_a_campaign_given_where_attributions_belong(run: Run, folder: Path) -> None:

@@ -42,7 +42,7 @@ def test_evaluate(run: Run, run_json: Callable[..., Any], attributions: Path) ->
     [
         (
             ["--seed", "0"],
-            "error: seed=0 is the campaign's: its keep-vectors were used for fitting. Give another seed.",
+            "error: seed=0 is the one that these attributions were made with. Give another seed.",
         ),
         (["--ablate-fraction", "2"], "error: ablate_fraction is 2.0, expected a number between 0 and 1 (exclusive)."),
     ],

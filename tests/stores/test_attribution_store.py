@@ -57,7 +57,7 @@ def test_an_unfinished_one_does_not_open(
     with pytest.raises(UnfinishedStoreError) as raised:
         AttributionStore.open(tmp_path / "a")
     assert str(raised.value) == (
-        f"{tmp_path / 'a'}: only 2 of 3 blocks of examples are estimated. Run the same fit again to finish it."
+        f"{tmp_path / 'a'}: only 2 of 3 blocks of examples are estimated. Run the same again to finish it."
     )
 
     going_on = AttributionStore.open(tmp_path / "a", finish=True)
