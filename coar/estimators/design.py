@@ -18,7 +18,7 @@ from coar.errors import FitError
 
 GOLDEN = (math.sqrt(5) - 1) / 2  # steps of this length, modulo 1, spread points evenly whatever their number
 BACKGROUNDS = ("continuous", "mixed", "bernoulli")
-_ORDER, _START, _CLOSED = 1, 2, 3  # streams of random numbers; 0 is what keep plans draw from
+_GROUP, _START, _CLOSED = 1, 2, 3  # streams of random numbers; 0 is what keep plans draw from
 
 Bools = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
@@ -54,8 +54,7 @@ class GateDesign:
 
     Args:
       components: How many there are.
-      ablate_fraction: 1 - the mean gate, over components and passes. With fewer than 1 / (2 x ablate fraction)
-        components a single one is in S, and the others are kept: ablating fewer than half a component is not possible.
+      ablate_fraction: 1 - the mean gate, over components and passes.
       background: What the others do while a component is sampled. "continuous": twice the ablate fraction of them is in
         S, too. "mixed": half of the ablating is done by gates in S, half by closed ones. "bernoulli": S is a single
         component, all others are closed with probability `ablate_fraction`: exact, and components times as many passes.
@@ -73,7 +72,7 @@ class GateDesign:
         if self.background == "bernoulli":
             return self.components
         share = self.ablate_fraction * (2.0 if self.background == "continuous" else 1.0)
-        return min(self.components, math.ceil(1 / min(share, 0.5) - 1e-9))
+        return math.ceil(1 / min(share, 0.5) - 1e-9)
 
     @property
     def closed_share(self) -> float:
@@ -81,8 +80,6 @@ class GateDesign:
         if self.background == "bernoulli":
             return self.ablate_fraction
         in_s = 1 / self.groups
-        if in_s == 1.0:  # a single component
-            return 0.0
         return min(1.0, max(0.0, (self.ablate_fraction - in_s / 2) / (1 - in_s)))
 
     def start(self, examples: range) -> Doubles:
@@ -90,12 +87,15 @@ class GateDesign:
         return np.stack([self._words(example, _START, 0) / 2.0**64 for example in examples])
 
     def group_of(self, examples: range, round_number: int) -> npt.NDArray[np.int32]:
-        """Returns the group of every component in a round, (examples, components): a random partition per example."""
-        place = np.arange(self.components) * self.groups // self.components
-        result = np.empty((len(examples), self.components), dtype=np.int32)
-        for row, example in enumerate(examples):
-            result[row, np.argsort(self._words(example, _ORDER, round_number))] = place
-        return result
+        """Returns the group of every component in a round, (examples, components).
+
+        Drawn independently, so that what is sampled together is as random as what is switched off together; for
+        "bernoulli" one component each.
+        """
+        words = np.stack([self._words(example, _GROUP, round_number) for example in examples])
+        if self.background == "bernoulli":
+            return np.argsort(np.argsort(words, axis=1), axis=1).astype(np.int32)
+        return (words % np.uint64(self.groups)).astype(np.int32)
 
     def closed(self, examples: range, number: int) -> Bools | None:
         """Returns which gates are closed in a pass if they are not in S, or None if none ever is."""

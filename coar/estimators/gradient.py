@@ -25,6 +25,7 @@ from coar.estimators.hybrid import refine
 from coar.estimators.moments import BYTES, GradientSums, Moments
 from coar.estimators.shrinkage import MOST_SHARED, Posterior, shrink
 
+CONTINUOUS_UP_TO = 0.1
 FIRST_LOOK = 8  # passes after which "auto" looks for the first time; then after every half as many again
 FORWARD_SEED = 0x0F0A4D  # so that forward rows are never those of a campaign or an evaluation with the same seed
 
@@ -37,7 +38,8 @@ class Gradient(Estimator):
       passes: Forward and backward passes per example; "auto": until the estimated error of predictions is below
         `tolerance`, at most `most_passes`.
       ablate_fraction: Share of components that is off on average, at most 0.5; what the attribution is about.
-      background: "continuous" (default), "mixed" or "bernoulli" (exact, for small networks): see `GateDesign`.
+      background: "continuous", "mixed" or "bernoulli" (exact, for small networks): see `GateDesign`. None: "continuous"
+        for ablate fractions up to 0.1, "mixed" above, where the first would be off by more than it saves.
       tolerance: For "auto": the share of the variance of predicted outputs that may be estimation error.
       most_passes: For "auto".
       forward_rows: Also run so many random keep-vectors forward and use them to refine the estimate; 0: none.
@@ -50,13 +52,16 @@ class Gradient(Estimator):
 
     passes: int | str = 100
     ablate_fraction: float = 0.05
-    background: str = "continuous"
+    background: str | None = None
     tolerance: float = 0.02
     most_passes: int = 1000
     forward_rows: int = 0
 
     def __post_init__(self) -> None:
-        check_design(self.ablate_fraction, self.background)
+        if self.background is None:
+            chosen = "continuous" if self.ablate_fraction <= CONTINUOUS_UP_TO else "mixed"
+            object.__setattr__(self, "background", chosen)
+        check_design(self.ablate_fraction, str(self.background))
         whole = isinstance(self.passes, int) and not isinstance(self.passes, bool) and 2 <= self.passes <= 2**15 - 1
         if self.passes != "auto" and not whole:
             raise FitError(f"passes is {self.passes!r}, expected an integer from 2 to {2**15 - 1:,}, or 'auto'.")
@@ -80,7 +85,7 @@ class Gradient(Estimator):
         """Returns the attributions of a block; errors as `Engine.gate_gradients`, and FitError."""
         components = len(engine.index)
         check_differentiable(engine, examples)
-        design = GateDesign(components, self.ablate_fraction, self.background, seed)
+        design = GateDesign(components, self.ablate_fraction, str(self.background), seed)
         passes = design.passes(range(first, first + len(examples)))
         dtype = torch.float64 if engine.precision == "float64" else torch.float32
         sums = GradientSums(len(examples), components, dtype)
