@@ -139,7 +139,7 @@ def test_drawing_is_independent_of_keep_plans() -> None:
     assert closed[~keep].mean() < 0.3
 
 
-GOLDEN = {
+GOLDEN: dict[str, list[list[list[float]]]] = {
     "continuous": [
         [[1, 0.256906, 1, 1], [1, 1, 0.784752, 0]],
         [[1, 1, 0.399017, 0.337725], [0, 1, 1, 0.176788]],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coar.estimators.design import BACKGROUNDS, GateDesign, Pass
+from coar.estimators.design import BACKGROUNDS, GateDesign, Pass, gate_of
 from coar.estimators.moments import BYTES, GradientSums, Moments
 
 EXAMPLES, COMPONENTS = 3, 7
@@ -91,10 +91,11 @@ def test_partial_rounds() -> None:
 
 def test_a_component_without_a_gradient_at_gate_1_has_the_sampled_mean_for_a_slope() -> None:
     sums = GradientSums(1, 1, torch.float64)
-    one = GateDesign(1, 0.5, "continuous", 0).passes(range(1))
-    for value in (2.0, 4.0):
-        sums.add(one.next(), torch.zeros(1), torch.full((1, 1), value, dtype=torch.float64))
-    moments = Moments.of(sums, one.start)
+    start, always = np.full((1, 1), 0.25), np.ones((1, 1), dtype=np.bool_)
+    for number, value in enumerate((2.0, 4.0)):
+        one = Pass(always, None, gate_of(start, number), even=number % 2 == 0)
+        sums.add(one, torch.zeros(1), torch.full((1, 1), value, dtype=torch.float64))
+    moments = Moments.of(sums, start)
     assert (moments.slope[0, 0], moments.slope_variance[0, 0]) == (3.0, 0.0)
 
 

@@ -135,7 +135,7 @@ def test_an_estimate_can_be_reported(tiny_net: nn.Module, tiny_examples: ablate.
         "method": "gradient",
         "passes": "6",
         "ablate_fraction": "0.2",
-        "background": "continuous",
+        "background": "mixed",
         "tolerance": "0.02",
         "most_passes": "1000",
         "forward_rows": "0",

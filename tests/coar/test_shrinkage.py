@@ -102,13 +102,17 @@ def test_more_passes_lead_to_the_path_estimate() -> None:
 @pytest.mark.parametrize("examples", [1, 2, 7, 8])
 @pytest.mark.parametrize("passes", [1, 2, 5, 10, 40])
 def test_few_examples(examples: int, passes: int) -> None:
-    planted = Planted(3, examples=examples)
-    moments = planted.moments(passes)
-    found = shrink(moments, LAYERS)
-    assert np.isfinite(found.mean).all()
-    assert np.isfinite(found.variance).all()
-    assert (found.variance >= 0).all()
-    assert _error(found.mean, planted) < 1.05 * _error(moments.slope, planted)
+    errors, slopes = [], []
+    for seed in range(12):
+        planted = Planted(seed, examples=examples)
+        moments = planted.moments(passes)
+        found = shrink(moments, LAYERS)
+        assert np.isfinite(found.mean).all()
+        assert np.isfinite(found.variance).all()
+        assert (found.variance >= 0).all()
+        errors.append(_error(found.mean, planted))
+        slopes.append(_error(moments.slope, planted))
+    assert np.mean(errors) < np.mean(slopes), "better than the slope, on the mean of a dozen draws"
 
 
 @pytest.mark.parametrize("components", [1, 2, 3])
