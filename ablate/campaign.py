@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 import stores
-from ablate.components import ComponentIndex
 from ablate.data import Examples
 from ablate.engine import Engine
 from ablate.errors import NonFiniteOutputError, SpecError
@@ -68,28 +67,40 @@ def run(
         settings = spec.settings
         plan = KeepPlan(len(index), spec.settings.rows, settings.ablate_fraction, settings.seed)
         engine = spec.make_engine(model, index, examples)
-        identity = campaign_identity(model_hash(model), examples, index, plan, engine, settings.block_rows)
+        identity = campaign_identity(model_hash(model), examples, plan, engine, settings.block_rows)
         campaign = _open_or_create(place, spec, engine, identity, examples, plan, accept_versions)
         _compute_missing(campaign, engine, plan, examples, progress)
     return campaign
 
 
 def campaign_identity(
-    model: str, examples: Examples, index: ComponentIndex, plan: KeepPlan, engine: Engine, block_rows: int
+    model: str, examples: Examples, plan: KeepPlan, engine: Engine, block_rows: int
 ) -> dict[str, Any]:
     """Returns what a store is bound to: a store resumed with a value that differs is refused, naming each."""
+    return {
+        **subject_identity(model, examples, engine),
+        "plan": plan.describe(),
+        "block_rows": min(block_rows, plan.rows),
+        "versions": package_versions(),
+    }
+
+
+def subject_identity(model: str, examples: Examples, engine: Engine) -> dict[str, Any]:
+    """Returns what is ablated and measured, of a model with this hash: what campaigns and estimates have in common."""
     output = type(engine.output)
     return {
         "model": model,
         "data": examples.hash,
-        "index": index.hash,
-        "plan": plan.describe(),
+        "index": engine.index.hash,
         "output": f"{engine.output.name} ({output.__module__}.{output.__qualname__})",
         "ablation": engine.ablation.describe(),
         "precision": engine.precision,
-        "block_rows": min(block_rows, plan.rows),
-        "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide how numbers are rounded."""
+    return {package: version(package) for package in PACKAGES}
 
 
 def _open_or_create(

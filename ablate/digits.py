@@ -8,7 +8,6 @@ do. A network that looks at the stripes is good on average and bad on the groups
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 
 from ablate.data import Examples
 from ablate.errors import LoadError
-from ablate.loaders.checkpoints import load_weights as load_weights
 from ablate.state import preserved_random_state
+from ablate.training import train_classifier, trained_or_cached
 
 SPLITS = {"train": 997, "validation": 400, "test": 400}
 CUE_AGREES = {"train": 0.95, "validation": 0.5, "test": 0.5}
@@ -152,60 +151,12 @@ def digits_model(seed: int = 0, cache: str | os.PathLike[str] | None = None, epo
     Raises:
       LoadError: The cache is damaged, or was trained with another seed or number of epochs.
     """
-    from safetensors.torch import save_file
 
-    path = Path(cache) if cache is not None else None
-    trained = {"seed": str(seed), "epochs": str(epochs)}
-    if path is not None and path.is_file():
-        with preserved_random_state():
-            model = ResidualCNN()
-        load_weights(model, _read_cache(path, trained), str(path))
-        return model.eval()
-    with preserved_random_state():
-        model = _train(digits_split("train", seed), seed, epochs)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.draft")  # one per process: others may train it now, too
-        save_file(model.state_dict(), draft, metadata=trained)
-        os.replace(draft, path)
-    return model
+    def make() -> ResidualCNN:
+        torch.manual_seed(seed)
+        return ResidualCNN()
 
+    def train(model: ResidualCNN) -> None:
+        train_classifier(model, digits_split("train", seed), epochs, rate=2e-3)
 
-def _read_cache(path: Path, trained: dict[str, str]) -> dict[str, Tensor]:
-    """Returns the weights in a cache that was written by a training like this one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise LoadError(f"{path} is damaged ({error}). Delete it: the model is then trained again.") from error
-    if found != trained:
-        raise LoadError(
-            f"{path} holds a digits model of seed {found.get('seed', '?')} and {found.get('epochs', '?')} epochs, "
-            f"expected seed {trained['seed']} and {trained['epochs']} epochs. "
-            "Name another cache, or delete it: the model is then trained again."
-        )
-    return weights
-
-
-def _train(examples: Examples, seed: int, epochs: int) -> ResidualCNN:
-    torch.manual_seed(seed)
-    model = ResidualCNN().train()
-    inputs, targets = examples.inputs(), examples.targets
-    batch = 64
-    steps = epochs * (len(examples) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    for _ in range(epochs):
-        order = torch.randperm(len(examples))
-        for first in range(0, len(examples) - batch + 1, batch):
-            chosen = order[first : first + batch]
-            loss = F.cross_entropy(model(inputs[chosen]), targets[chosen])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-    optimizer.zero_grad()  # else a user's first backward would add to the last step's gradients
-    return model.eval()
+    return trained_or_cached(make, train, cache, {"seed": seed, "epochs": epochs})

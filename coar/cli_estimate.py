@@ -33,8 +33,8 @@ Tolerance = Annotated[
 Background = Annotated[
     str | None,
     typer.Option(
-        help="What else is off while a component is sampled: continuous (default), mixed or bernoulli (exact; for "
-        "small networks).",
+        help="What else is off while a component is sampled: continuous, mixed or bernoulli (exact; for small "
+        "networks); default: continuous up to 0.1 ablated, mixed above.",
         rich_help_panel=GRADIENT,
     ),
 ]

@@ -108,8 +108,7 @@ class CostMeter:
 
 def run_plain(engine: Engine, examples: Examples, take: Callable[[Tensor], object] = lambda logits: None) -> None:
     """Runs the engine's model, unablated, once over the examples; `take` gets each batch's logits. Mutates nothing."""
-    with engine._running():  # the engine's inside: its outputs() would count gates and checks as plain
-        runner = engine._ready(examples)
-        for _, placed in engine._chunks(examples, runner.batch_size):
+    with engine.session(examples) as (runner, chunks):  # outputs() would count gates and checks as plain
+        for _, placed in chunks:
             for _, inputs, targets in placed.batches(runner.batch_size):
                 take(runner.machine.plain(runner.padded(inputs, runner.batch_size))[: len(targets)])

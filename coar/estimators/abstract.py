@@ -41,7 +41,7 @@ class Estimator(ABC):
     """
 
     name: ClassVar[str]
-    needs_gradients: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False  # whether `coar.estimate` checks first that there are any
 
     @abstractmethod
     def estimate(self, engine: Engine, examples: Examples, first: int, seed: int) -> BlockEstimate:

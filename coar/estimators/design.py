@@ -80,7 +80,7 @@ class GateDesign:
         if self.background == "bernoulli":
             return self.ablate_fraction
         in_s = 1 / self.groups
-        return min(1.0, max(0.0, (self.ablate_fraction - in_s / 2) / (1 - in_s)))
+        return max(0.0, (self.ablate_fraction - in_s / 2) / (1 - in_s))
 
     def start(self, examples: range) -> Doubles:
         """Returns the first gate of every component in S, (examples, components), uniform in [0, 1)."""
@@ -102,7 +102,7 @@ class GateDesign:
         share = self.closed_share
         if share <= 1e-12:
             return None
-        threshold = np.uint64(int(share * 2**64)) if share < 1 else np.uint64(2**64 - 1)
+        threshold = np.uint64(int(share * 2**64))
         return np.stack([self._words(example, _CLOSED, number) < threshold for example in examples])
 
     def passes(self, examples: range) -> GatePasses:

@@ -12,11 +12,13 @@ from torch import nn
 from zarr.storage import MemoryStore
 
 from ablate import CampaignSpec, Engine, Examples, KeepPlan, NonFiniteOutputError, model_hash, preserved_random_state
-from ablate.campaign import campaign_identity
+from ablate.campaign import package_versions, subject_identity
 from ablate.progress import progress_bar
 from coar.attributions import Attributions
 from coar.errors import FitError
 from coar.estimators.abstract import Estimator
+from coar.estimators.differentiable import check_differentiable
+from coar.estimators.plain import require_components
 from coar.estimators.registry import get_estimator
 from coar.estimators.storing import open_same, remove
 from coar.evaluate import correlation, explained_share
@@ -106,7 +108,7 @@ def estimate(
         if target is None or target.missing_blocks():
             block = _block_size(run, block_examples, memory, store is None, target)
             if target is None:
-                run.engine.check(run.examples)  # a model that cannot be run leaves no store behind
+                run.check()  # a model that cannot be run, or has no gradients, leaves no store behind
                 if overwrite:
                     remove(place)
                 target = run.create(place, block)
@@ -121,18 +123,19 @@ class _Run:
         self.spec, self.estimator, self.quality_rows = spec, estimator, quality_rows
         self.model, self.examples = spec.load()
         self.index = spec.make_index(self.model)
-        if not len(self.index):
-            raise FitError("The component index is empty: there is nothing to attribute to. Choose other kinds.")
         self.engine: Engine = spec.make_engine(self.model, self.index, self.examples)
+        require_components(self.engine)
         self.seed = spec.settings.seed
-        self.fraction = fraction
-        plan = KeepPlan(len(self.index), max(1, quality_rows), fraction, self.seed ^ QUALITY_SEED)
-        of = campaign_identity(model_hash(self.model), self.examples, self.index, plan, self.engine, block_rows=1)
-        self.versions = of.pop("versions")
-        del of["block_rows"]
+        self.plan = KeepPlan(len(self.index), max(1, quality_rows), fraction, self.seed ^ QUALITY_SEED)
+        of = subject_identity(model_hash(self.model), self.examples, self.engine)
         of["plan"] = {"ablate_fraction": fraction, "seed": self.seed}
-        self.plan = plan
         self.identity: dict[str, Any] = {**estimator.describe(), "quality_rows": quality_rows, "of": of}
+
+    def check(self) -> None:
+        """Raises what the engine or the method has against this model and these examples, as far as few can tell."""
+        self.engine.check(self.examples)
+        if self.estimator.needs_gradients:
+            check_differentiable(self.engine, self.examples)
 
     def create(self, place: Location, block: int) -> AttributionStore:
         """Makes the empty store."""
@@ -141,7 +144,7 @@ class _Run:
             "spec": self.spec.describe(),
             "loadable": self.spec.loadable,
             "index": self.index.to_json(),
-            "environments": [{"versions": self.versions, "device": str(self.engine.device)}],
+            "environments": [{"versions": package_versions(), "device": str(self.engine.device)}],
         }
         return AttributionStore.create(
             place,

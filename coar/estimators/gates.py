@@ -9,8 +9,7 @@ import numpy as np
 
 from ablate import Engine, Examples
 from coar.estimators.abstract import BlockEstimate, Estimator
-from coar.estimators.differentiable import check_differentiable
-from coar.estimators.plain import check_steps, gauss_legendre, plain_estimate
+from coar.estimators.plain import check_steps, gauss_legendre, plain_estimate, require_components
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class GradientTimesGate(Estimator):
 
     def estimate(self, engine: Engine, examples: Examples, first: int, seed: int) -> BlockEstimate:
         """Returns the attributions of a block of examples, nothing sampled. Mutates nothing."""
-        check_differentiable(engine, examples)
+        require_components(engine)
         ones = np.ones((len(examples), len(engine.index)), dtype=np.float32)
         full, slopes = engine.gate_gradients(ones, examples)
         return plain_estimate((1 - engine.ablation.closed) * slopes.double().numpy(), full.double().numpy(), passes=1)
@@ -58,7 +57,7 @@ class IntegratedGateGradients(Estimator):
 
     def estimate(self, engine: Engine, examples: Examples, first: int, seed: int) -> BlockEstimate:
         """Returns the attributions of a block of examples, nothing sampled. Mutates nothing."""
-        check_differentiable(engine, examples)
+        require_components(engine)
         shape = len(examples), len(engine.index)
         closed = engine.ablation.closed
         total = np.zeros(shape)

@@ -20,9 +20,9 @@ from ablate import Engine, Examples, KeepPlan
 from coar.errors import FitError
 from coar.estimators.abstract import BlockEstimate, Estimator
 from coar.estimators.design import GateDesign, check_design
-from coar.estimators.differentiable import check_differentiable
 from coar.estimators.hybrid import refine
 from coar.estimators.moments import BYTES, GradientSums, Moments
+from coar.estimators.plain import require_components
 from coar.estimators.shrinkage import MOST_SHARED, Posterior, shrink
 
 CONTINUOUS_UP_TO = 0.1
@@ -84,7 +84,7 @@ class Gradient(Estimator):
     def estimate(self, engine: Engine, examples: Examples, first: int, seed: int) -> BlockEstimate:
         """Returns the attributions of a block; errors as `Engine.gate_gradients`, and FitError."""
         components = len(engine.index)
-        check_differentiable(engine, examples)
+        require_components(engine)
         design = GateDesign(components, self.ablate_fraction, str(self.background), seed)
         passes = design.passes(range(first, first + len(examples)))
         dtype = torch.float64 if engine.precision == "float64" else torch.float32

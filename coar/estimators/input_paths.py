@@ -10,12 +10,28 @@ import numpy as np
 from ablate import Engine, Examples
 from ablate.paths import conductance, influence
 from coar.estimators.abstract import BlockEstimate, Estimator
-from coar.estimators.differentiable import check_differentiable
-from coar.estimators.plain import check_baseline, check_steps, gauss_legendre, plain_estimate
+from coar.estimators.plain import check_baseline, check_steps, gauss_legendre, plain_estimate, require_components
 
 
 @dataclass(frozen=True)
-class NeuronConductance(Estimator):
+class _AlongInputs(Estimator):
+    """What methods along a path of inputs have in common."""
+
+    needs_gradients: ClassVar[bool] = True
+    steps: int = 20
+    baseline: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps(self.name, self.steps)
+        check_baseline(self.name, self.baseline)
+
+    def memory(self, components: int) -> int:
+        """Returns bytes per example: numbers in two precisions, weights and standard errors."""
+        return 40 * components
+
+
+@dataclass(frozen=True)
+class NeuronConductance(_AlongInputs):
     """How much of the output's change from a baseline input to the input flows through each component.
 
     The weights of one layer that everything passes through add up to output(input) - output(baseline), as `steps` grow.
@@ -31,28 +47,17 @@ class NeuronConductance(Estimator):
     """
 
     name = "neuron_conductance"
-    needs_gradients: ClassVar[bool] = True
-    steps: int = 20
-    baseline: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_steps(self.name, self.steps)
-        check_baseline(self.name, self.baseline)
 
     def estimate(self, engine: Engine, examples: Examples, first: int, seed: int) -> BlockEstimate:
         """Returns the attributions of a block of examples, nothing sampled. Mutates nothing."""
-        check_differentiable(engine, examples)
+        require_components(engine)
         points = np.linspace(0, 1, self.steps + 1).tolist()
         weights = conductance(engine, examples, points=points, baseline=self.baseline).double().numpy()
         return plain_estimate(weights, _full(engine, examples), passes=self.steps + 2)
 
-    def memory(self, components: int) -> int:
-        """Returns bytes per example: conductances in two precisions, weights and standard errors."""
-        return 40 * components
-
 
 @dataclass(frozen=True)
-class InternalInfluence(Estimator):
+class InternalInfluence(_AlongInputs):
     """The mean gradient of the output with respect to each component's activation, on the path from a baseline input.
 
     Per unit of activation: a ranking, not in units of the output, so predictions made of it are off in scale.
@@ -68,24 +73,13 @@ class InternalInfluence(Estimator):
     """
 
     name = "internal_influence"
-    needs_gradients: ClassVar[bool] = True
-    steps: int = 20
-    baseline: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_steps(self.name, self.steps)
-        check_baseline(self.name, self.baseline)
 
     def estimate(self, engine: Engine, examples: Examples, first: int, seed: int) -> BlockEstimate:
         """Returns the attributions of a block of examples, nothing sampled. Mutates nothing."""
-        check_differentiable(engine, examples)
+        require_components(engine)
         points, shares = gauss_legendre(self.steps)
         weights = influence(engine, examples, points=points, shares=shares, baseline=self.baseline).double().numpy()
         return plain_estimate(weights, _full(engine, examples), passes=self.steps + 1)
-
-    def memory(self, components: int) -> int:
-        """Returns bytes per example: influences in two precisions, weights and standard errors."""
-        return 40 * components
 
 
 def _full(engine: Engine, examples: Examples) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

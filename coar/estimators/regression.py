@@ -174,6 +174,7 @@ class _Ridge:
 
     @classmethod
     def of(cls, rows: CampaignRows, ridge: float | None, arrays: Arrays) -> _Ridge:
+        """Returns what every slab needs of the keep-vectors, or raises FitError if they cannot be fitted."""
         keep = rows.keep()
         spectrum = decompose(keep[FIT], arrays)
         _refuse_no_effect(spectrum.scale, len(keep[FIT]))

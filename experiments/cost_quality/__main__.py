@@ -30,7 +30,7 @@ DRAWN = (
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="A small version, into runs/ instead of docs/.")] = False,
     resnet50: Annotated[bool, typer.Option("--resnet50", help="ResNet-50, 22,720 filters; needs a GPU.")] = False,
-    networks: Annotated[list[str] | None, typer.Option("--network", help="Only this one; repeatable.")] = None,
+    networks: Annotated[list[str] | None, typer.Option("--network", help="Only this, into runs/; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for tables and figures.")] = None,
     cache: Annotated[Path, typer.Option(help="Folder for trained networks.")] = Path("runs/cost_quality"),
 ) -> None:
@@ -44,7 +44,8 @@ def main(
         if unknown:
             raise typer.BadParameter(f"no network {', '.join(unknown)}; there are {', '.join(config.networks)}.")
         config = config.model_copy(update={"networks": {n: c for n, c in config.networks.items() if n in networks}})
-    folder = out or (Path("runs/cost_quality") / name if quick else Path("docs/benchmarks"))
+    # what is small or a part never replaces the tables of the whole
+    folder = out or (Path("runs/cost_quality") / name if quick or networks else Path("docs/benchmarks"))
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     records: list[Record] = []

@@ -29,7 +29,6 @@ class Config(BaseModel):
 
     examples: int
     test_rows: int
-    seed: int
     calibration_examples: int
     long_rows: int
     long_passes: int

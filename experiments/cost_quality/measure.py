@@ -166,7 +166,7 @@ def coverage(bench: Bench) -> list[dict[str, Any]]:
     found = bench.estimate(passes=config.calibrated_passes)
     long = bench.estimate(passes=config.long_passes, seed=LONG_SEED)
     table = coar.calibration(found, long)
-    rows.append({"network": bench.name, "estimator": "gradient", "budget": config.calibrated_passes, **_row(table)})
+    rows.append({"network": bench.name, "estimator": "gradient", "budget": config.calibrated_passes, **_rows(table)[0]})
     if config.long_rows:
         few = bench.examples.take(range(config.calibration_examples))
         most = max(bench.network.rows)
@@ -175,7 +175,7 @@ def coverage(bench: Bench) -> list[dict[str, Any]]:
         truth = coar.fit(reference, method="ols", held_out=False)
         for method in ("ridge", "ols"):
             table = coar.calibration(coar.fit(short, method=method, held_out=False), truth)
-            row = {"network": bench.name, "estimator": f"regression, {method}", "budget": most, **_row(table)}
+            row = {"network": bench.name, "estimator": f"regression, {method}", "budget": most, **_rows(table)[0]}
             rows.append(row)
     for row in rows:
         row["ablate_fraction"] = fraction
@@ -183,8 +183,8 @@ def coverage(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(table: pd.DataFrame) -> dict[str, Any]:
-    return {str(name): value for name, value in table.iloc[0].items()}
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def at_other_fractions(bench: Bench, rows: int) -> list[dict[str, Any]]:
@@ -203,12 +203,8 @@ def at_other_fractions(bench: Bench, rows: int) -> list[dict[str, Any]]:
             ablate_fraction=coar.ABLATE_FRACTIONS,
             seed=TEST_SEED + 1,
         ).table()
-        found += [{"network": bench.name, "estimator": name, **_as_dict(row)} for _, row in table.iterrows()]
+        found += [{"network": bench.name, "estimator": name, **row} for row in _rows(table)]
     return found
-
-
-def _as_dict(row: Any) -> dict[str, Any]:
-    return {str(name): value for name, value in row.items()}
 
 
 def to_frame(records: list[Record]) -> pd.DataFrame:

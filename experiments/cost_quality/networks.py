@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ablate import ComponentIndex, Examples, preserved_random_state
-from ablate.digits import ResidualCNN, load_weights
+from ablate.digits import ResidualCNN
 from ablate.loading import TorchvisionModel, load_model
+from ablate.training import train_classifier, trained_or_cached
 
 TRAIN = 1397  # of 1,797 images; the rest are test images
 
@@ -103,49 +103,18 @@ def trained_network(name: str, cache: str | os.PathLike[str]) -> tuple[nn.Module
     Trained where no cached weights are, in some seconds to a minute on two cores; deterministic on one machine.
     """
     make, kind, epochs, rate = NETWORKS[name]
-    path = Path(cache) / f"{name}.safetensors"
-    with preserved_random_state():
+
+    def seeded() -> nn.Module:
         torch.manual_seed(0)
-        model = make()
-        if path.is_file():
-            load_weights(model, _read(path), str(path))
-        else:
-            if name == "resnet50" and torch.cuda.is_available():
-                model = model.cuda()
-            train(model, digits_examples("train", *input_shape(name)), epochs, rate)
-            model = model.cpu()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(model.state_dict(), path)
-    if name == "resnet50" and torch.cuda.is_available():
-        model = model.cuda()
+        model: nn.Module = make()
+        return model.cuda() if name == "resnet50" and torch.cuda.is_available() else model
+
+    def train(model: nn.Module) -> None:
+        train_classifier(model, digits_examples("train", *input_shape(name)), epochs, rate)
+
+    settings = {"network": name, "epochs": epochs, "rate": rate}
+    model = trained_or_cached(seeded, train, Path(cache) / f"{name}.safetensors", settings)
     if name == "resnet50":
-        return model.eval(), ComponentIndex.from_preset(model, "coar-resnet")
+        return model, ComponentIndex.from_preset(model, "coar-resnet")
     exclude = ("head",) if kind == "linear_neuron" else ()
-    return model.eval(), ComponentIndex.from_model(model, [kind], exclude=exclude)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def train(model: nn.Module, examples: Examples, epochs: int, rate: float, batch: int = 64) -> None:
-    """Trains a model in place, and leaves it without gradients."""
-    device = next(model.parameters()).device
-    inputs, targets = examples.inputs().to(device), examples.targets.to(device)
-    steps = epochs * (len(examples) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
-    model.train()
-    for _ in range(epochs):
-        order = torch.randperm(len(examples), device=device)
-        for first in range(0, len(examples) - batch + 1, batch):
-            chosen = order[first : first + batch]
-            loss = F.cross_entropy(model(inputs[chosen]), targets[chosen])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-    optimizer.zero_grad()
-    model.eval()
+    return model, ComponentIndex.from_model(model, [kind], exclude=exclude)

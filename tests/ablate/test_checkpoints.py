@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ablate
-from ablate.digits import load_weights
+from ablate.loaders.checkpoints import load_weights
 from ablate.loading import TimmModel, read_checkpoint
 
 

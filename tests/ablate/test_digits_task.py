@@ -129,7 +129,7 @@ def test_a_cache_of_another_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ablate.LoadError) as caught:
         digits_model(seed=1, cache=cache, epochs=8)
     assert str(caught.value) == (
-        f"{cache} holds a digits model of seed 0 and 8 epochs, expected seed 1 and 8 epochs. "
+        f"{cache} holds a model trained with epochs 8, seed 0, expected epochs 8, seed 1. "
         "Name another cache, or delete it: the model is then trained again."
     )
 

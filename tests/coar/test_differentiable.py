@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ablate
+import coar
 from coar.errors import FitError
 from coar.estimators.differentiable import ADVICE, check_differentiable
 from coar.estimators.registry import estimator_names, get_estimator
@@ -104,9 +106,11 @@ def test_a_model_that_fails_when_gradients_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in estimator_names() if get_estimator(m).needs_gradients])
-def test_every_method_that_needs_gradients_asks(method: str) -> None:
+def test_no_method_that_needs_gradients_goes_on_without(method: str, tmp_path: Path) -> None:
+    kinds = {"kinds": ["linear_neuron"]}
     with pytest.raises(FitError, match=r"^Gradients say nothing here: no component has a gradient"):
-        get_estimator(method).estimate(_engine(Detaching(), Correct()), EXAMPLES, 0, 0)
+        coar.estimate(Detaching(), EXAMPLES, method=method, output=Correct(), components=kinds, store=tmp_path / "s")
+    assert not (tmp_path / "s").exists(), "nothing is left behind"
 
 
 def test_methods_without_gradients_go_on() -> None:

@@ -454,7 +454,8 @@ def _message(kind: type[Exception], model: Any, data: Any = None, **settings: An
         ),
         (
             {"index": ablate.ComponentIndex([])},
-            "The component index is empty: there is nothing to attribute to. Choose other kinds.",
+            "The engine's index has no components: there is nothing to attribute to. Make one with "
+            "ComponentIndex.from_model(model), or widen its kinds or include.",
         ),
     ],
 )
@@ -550,18 +551,18 @@ def test_a_model_that_detaches() -> None:
 def test_a_gradient_that_is_not_finite_names_the_example_among_all(tmp_path: Path, untouched: Untouched) -> None:
     model = nn.Sequential(nn.Linear(1, 2, bias=False))
     nn.init.ones_(model[0].weight)  # type: ignore[arg-type]
-    inputs = torch.tensor([[4.0], [1.0], [2.0], [0.0], [3.0]])
-    examples = ablate.Examples(inputs, [0] * 5, ids=["a", "b", "c", "bad", "e"])
+    inputs = torch.tensor([[4.0], [1.0], [2.0], [3.0], [0.0]])  # the check before the first block sees four
+    examples = ablate.Examples(inputs, [0] * 5, ids=["a", "b", "c", "d", "bad"])
     path = tmp_path / "a.zarr"
     with untouched(model, inputs), pytest.raises(ablate.NonFiniteOutputError) as caught:
         coar.estimate(model, examples, output=Root(), passes=2, quality_rows=0, block_examples=2, store=path)
-    assert str(caught.value).startswith("The gradient of component 0 on example 3 (id 'bad') is nan, expected a finite")
-    assert (caught.value.example, caught.value.component) == (3, 0)
+    assert str(caught.value).startswith("The gradient of component 0 on example 4 (id 'bad') is nan, expected a finite")
+    assert (caught.value.example, caught.value.component) == (4, 0)
     assert caught.value.__notes__ == [
-        f"This happened in block 1 (examples 2 to 3) of {path}. Finished blocks stay: run the same again to go on "
+        f"This happened in block 2 (examples 4 to 4) of {path}. Finished blocks stay: run the same again to go on "
         "from here."
     ]
-    assert AttributionStore.open(path, finish=True).missing_blocks() == [1, 2]
+    assert AttributionStore.open(path, finish=True).missing_blocks() == [2]
 
 
 @pytest.mark.parametrize("training", [False, True])
