@@ -167,7 +167,7 @@ def cost_quality(curves: pd.DataFrame, target: float | None = None, title: str =
             lines[name] = line[["cost", "mean"]].to_numpy(dtype=np.float64)
         if target is not None:
             axes.axhline(target, color="black", linestyle="--", linewidth=0.8)
-            lines[f"target {target:g}"] = np.array([[x, target] for x in axes.get_xlim()])
+            lines[f"target {target:.4g}"] = np.array([[x, target] for x in axes.get_xlim()])
         axes.set(title=title, xlabel="cost in plain forward passes", ylabel="correlation, mean over examples")
         axes.xaxis.set_major_formatter("{x:,g}")
         _label_lines(axes, lines, [color for color, _, _ in _LINES[: len(names)]] + ["black"])

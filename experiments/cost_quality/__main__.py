@@ -74,4 +74,5 @@ def main(
     print(f"{minutes:.1f} minutes; tables and figures in {folder}")
 
 
-typer.run(main)
+if __name__ == "__main__":
+    typer.run(main)
