@@ -5,9 +5,18 @@ bit-packed, component c in bit c % 8 of byte c // 8; a block is a run of consecu
 by a sha256 read back from storage, then marked in the ledger. Only marked blocks are ever read as data.
 """
 
+from stores.alive import StoreBusyError as StoreBusyError
 from stores.attributions import AttributionStore as AttributionStore
 from stores.campaign import CampaignStore as CampaignStore
+from stores.care import Damage as Damage
+from stores.care import Report as Report
+from stores.care import verify as verify
+from stores.compact import CopyError as CopyError
+from stores.compact import MadeCopy as MadeCopy
+from stores.compact import make_copies as make_copies
+from stores.compact import remove_copies as remove_copies
 from stores.errors import DamagedBlockError as DamagedBlockError
+from stores.errors import FailedBlocksError as FailedBlocksError
 from stores.errors import StoreError as StoreError
 from stores.errors import StoreExistsError as StoreExistsError
 from stores.errors import StoreMismatchError as StoreMismatchError
@@ -16,8 +25,15 @@ from stores.errors import StoreUnreadableError as StoreUnreadableError
 from stores.errors import UnfinishedStoreError as UnfinishedStoreError
 from stores.keepbits import pack_keep as pack_keep
 from stores.keepbits import unpack_keep as unpack_keep
+from stores.metadata import OldFormatError as OldFormatError
+from stores.migration import Migration as Migration
+from stores.migration import migrate as migrate
+from stores.repairing import Repair as Repair
+from stores.repairing import repair as repair
+from stores.retrying import StorageError as StorageError
 from stores.rows import Rows as Rows
 from stores.schema import FORMAT_VERSION as FORMAT_VERSION
 from stores.schema import Difference as Difference
 from stores.schema import content_hash as content_hash
 from stores.schema import differences as differences
+from stores.worklog import WorkLog as WorkLog

@@ -10,7 +10,9 @@ import numpy.typing as npt
 import zarr
 
 from stores.blocks import Blocks, add_block_array, add_ledger
+from stores.copies import Copies
 from stores.errors import UnfinishedStoreError
+from stores.layout import tile_width
 from stores.rows import Rows
 from stores.schema import (
     COMPONENTS,
@@ -24,6 +26,7 @@ from stores.schema import (
     read_columns,
     write_columns,
 )
+from stores.worklog import environments
 
 KIND = "attributions"
 QUALITY = ("correlation", "r2", "ridge", "residual_sd")
@@ -42,10 +45,11 @@ class AttributionStore:
         self.header: dict[str, Any] = dict(group.attrs)
         self.quality_names = tuple(self.header.get("quality", QUALITY))
         names = ("weights", "stderr", "bias", *(f"quality/{name}" for name in self.quality_names))
-        self._blocks = Blocks(group, names, self.where)
-        self.example_count: int = self._blocks.rows
-        self.block_examples: int = self._blocks.block
-        self.component_count: int = self._blocks.arrays["weights"].shape[1]
+        self.blocks = Blocks(group, names, self.where)
+        self._copies = Copies(self.blocks, ("weights", "stderr"))
+        self.example_count: int = self.blocks.rows
+        self.block_examples: int = self.blocks.block
+        self.component_count: int = self.blocks.arrays["weights"].shape[1]
 
     @classmethod
     def create(
@@ -70,8 +74,11 @@ class AttributionStore:
 
         def fill(group: zarr.Group) -> None:
             block = min(block_examples, example_count)
+            tile = tile_width(block, component_count, 4)
             for name in ("weights", "stderr"):
-                add_block_array(group, name, example_count, block, component_count, "float32", (EXAMPLES, COMPONENTS))
+                add_block_array(
+                    group, name, example_count, block, component_count, "float32", (EXAMPLES, COMPONENTS), tile
+                )
             add_block_array(group, "bias", example_count, block, None, "float32", (EXAMPLES,))
             columns = group.require_group("quality")
             for name in quality:
@@ -97,35 +104,35 @@ class AttributionStore:
           DamagedBlockError: A finished block has lost a file.
         """
         store = cls(open_group(location, KIND, "r+" if finish else "r"), location)
-        finished = store._blocks.finished()
+        finished = store.blocks.finished()
         if not finished.all() and not finish:
             raise UnfinishedStoreError(
                 f"{store.where}: only {int(finished.sum())} of {len(finished)} blocks of examples are estimated. "
                 "Run the same again to finish it."
             )
-        store._blocks.check_present()
+        store.blocks.check_present()
         return store
 
     @property
     def weights(self) -> Rows:
         """Effect of keeping each component, in units of the output, (examples, components) float32; index to read."""
-        return Rows(self._blocks, "weights")
+        return Rows(self.blocks, "weights", copies=self._copies)
 
     @property
     def stderr(self) -> Rows:
         """Standard error of each weight, same shape and unit; index to read."""
-        return Rows(self._blocks, "stderr")
+        return Rows(self.blocks, "stderr", copies=self._copies)
 
     @property
     def bias(self) -> Rows:
         """Predicted output with every component ablated, (examples,) float32; index to read."""
-        return Rows(self._blocks, "bias")
+        return Rows(self.blocks, "bias")
 
     @property
     def quality(self) -> dict[str, npt.NDArray[np.float32]]:
         """Quality of the finished examples, one column per name in `quality_names`; `correlation` is held out."""
-        rows = self._blocks.finished_rows()
-        return {name: self._blocks.take(f"quality/{name}", rows) for name in self.quality_names}
+        rows = self.blocks.finished_rows()
+        return {name: self.blocks.take(f"quality/{name}", rows) for name in self.quality_names}
 
     @property
     def examples(self) -> dict[str, npt.NDArray[Any]]:
@@ -139,24 +146,30 @@ class AttributionStore:
 
     def missing_blocks(self) -> list[int]:
         """Returns the numbers of the blocks of examples still to estimate."""
-        return [int(block) for block in np.flatnonzero(~self._blocks.finished())]
+        return [int(block) for block in np.flatnonzero(~self.blocks.finished())]
 
     def blocks_of(self, examples: slice) -> list[int]:
         """Returns the blocks that a slab of examples, aligned to blocks, is made of."""
         return list(range(examples.start // self.block_examples, -(-examples.stop // self.block_examples)))
 
-    def write_block(self, block: int, values: Mapping[str, npt.NDArray[Any]]) -> None:
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """What the workers ran on, without repetitions: versions, device, threads, ..., oldest first."""
+        return environments(self.header, self.blocks.store)
+
+    def write_block(self, block: int, values: Mapping[str, npt.NDArray[Any]]) -> bool:
         """Writes `weights`, `stderr`, `bias` and `quality/*` of a block of examples, then marks it finished.
 
-        Only quality may hold NaN: the number is undefined there.
+        Only quality may hold NaN: the number is undefined there. Returns False, and changes nothing, if the block was
+        finished already.
         """
-        self._blocks.write(block, values, undefined=[f"quality/{name}" for name in self.quality_names])
+        return self.blocks.write(block, values, undefined=[f"quality/{name}" for name in self.quality_names])
 
     def span(self, block: int) -> slice:
         """Returns the examples of a block."""
-        return self._blocks.span(block)
+        return self.blocks.span(block)
 
     def verify(self) -> None:
         """Reads everything back and raises DamagedBlockError unless each block's sha256 is the ledger's."""
-        for block in range(len(self._blocks)):
-            self._blocks.read(block)
+        for block in range(len(self.blocks)):
+            self.blocks.read(block)

@@ -1,9 +1,8 @@
-"""Blocks of rows, written once: data, then the sha256 of what storage gives back, then the ledger mark; in order."""
+"""Blocks of rows, written once by whoever is first: data, then the sha256 of what storage gives back, then the mark."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,30 +11,42 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.core.array_spec import ArrayConfigParams
-from zarr.core.sync import sync
-from zarr.storage import LocalStore
+from zarr.storage import MemoryStore, StorePath
 
+from stores import objects
 from stores.errors import DamagedBlockError, StoreError, UnfinishedStoreError
+from stores.layout import slab_width
+from stores.reading import BAD_BYTES, ArrayReader, stored_size
 from stores.schema import BLOCKS, DIGEST
 
 Array = npt.NDArray[Any]
 
-_BAD_BYTES = (ValueError, RuntimeError, OSError)  # what zarr and its codecs raise for files that are not what they were
+DIGEST_BYTES = 32
 INNER_COLUMNS = 2048  # columns of an inner chunk: a slab of examples is read without touching the rest of a shard
 # An absent chunk must never pass for a written one: write chunks that equal the fill value, too.
 KEEP_EMPTY: ArrayConfigParams = {"write_empty_chunks": True}
 
 
 def add_block_array(
-    group: zarr.Group, name: str, rows: int, block: int, columns: int | None, dtype: str, dimensions: tuple[str, ...]
+    group: zarr.Group,
+    name: str,
+    rows: int,
+    block: int,
+    columns: int | None,
+    dtype: str,
+    dimensions: tuple[str, ...],
+    inner: int | None = None,
 ) -> None:
-    """Adds an array whose rows come in blocks, one file per block. Floats are NaN until written."""
+    """Adds an array whose rows come in blocks, one file per block. Floats are NaN until written.
+
+    `inner`: how many columns are read together; None: as many as a reader of slabs of columns needs.
+    """
     fill = np.nan if np.dtype(dtype).kind == "f" else 0
     shape: tuple[int, ...] = (rows,) if columns is None else (rows, columns)
     chunks: tuple[int, ...] = (block,)
     shards: tuple[int, ...] | None = None
     if columns is not None:
-        inner = min(max(1, columns), INNER_COLUMNS)
+        inner = inner or slab_width(columns)
         chunks = (block, inner)
         shards = (block, -(-max(1, columns) // inner) * inner)
     group.create_array(
@@ -55,9 +66,9 @@ def add_ledger(group: zarr.Group, rows: int, block: int) -> None:
     """Adds the ledger: per block the sha256 of its data, all zeros (no file) while it is not finished."""
     group.create_array(
         "ledger",
-        shape=(-(-rows // block), 32),
+        shape=(-(-rows // block), DIGEST_BYTES),
         dtype="uint8",
-        chunks=(1, 32),
+        chunks=(1, DIGEST_BYTES),
         compressors=None,
         fill_value=0,
         dimension_names=(BLOCKS, DIGEST),
@@ -72,7 +83,9 @@ class Blocks:
         self.where = where
         self.arrays: dict[str, zarr.Array[Any]] = {name: _array(group, name, where) for name in names}
         self._ledger = _array(group, "ledger", where)
+        self._readers = {name: ArrayReader(array) for name, array in self.arrays.items()}
         self._snapshot: Array | None = None
+        self.store = self._ledger.store
         first = self.arrays[names[0]]
         self.rows: int = first.shape[0]
         self.block: int = (first.shards or first.chunks)[0]
@@ -98,12 +111,14 @@ class Blocks:
         return self._snapshot
 
     def _read_ledger(self) -> Array:
-        try:
-            return np.asarray(self._ledger[:])
-        except _BAD_BYTES:
-            for block in range(self.count):
-                self._mark(block)  # names the block
-            raise
+        """Reads the marks that are there: one listing, and an object for each."""
+        marks = np.zeros(self._ledger.shape, dtype=np.uint8)
+        names = objects.names(self.store, f"{self._ledger.path}/c")
+        there = [int(name) for name in names if name.isdecimal() and int(name) < self.count]
+        for block, mark in zip(there, objects.read_all(self.store, [self._mark_file(b) for b in there]), strict=True):
+            if mark is not None:
+                marks[block] = np.frombuffer(mark, dtype=np.uint8) if len(mark) == DIGEST_BYTES else self._mark(block)
+        return marks
 
     def finished(self) -> npt.NDArray[np.bool_]:
         """Returns which blocks are finished, (blocks,) bool."""
@@ -114,21 +129,46 @@ class Blocks:
         spans = [self.span(int(block)) for block in np.flatnonzero(self.finished())]
         return np.concatenate([np.arange(s.start, s.stop) for s in spans] or [np.zeros(0)]).astype(np.int64)
 
-    def write(self, block: int, values: Mapping[str, Array], undefined: Collection[str] = ()) -> None:
+    def write(self, block: int, values: Mapping[str, Array], undefined: Collection[str] = ()) -> bool:
         """Writes a whole block and marks it finished: afterwards it is data, until then it is nothing.
 
-        Numbers must be finite, but for the arrays named in `undefined`.
+        Every object is made only if there is none, and none is changed once it is marked: of several workers at the
+        same block the first one wins. What a worker left that died before the mark is taken over if it is whole (the
+        arrays of a block may then come from two tries: the same bytes on one kind of CPU, equal up to rounding
+        elsewhere), else replaced. Numbers must be finite, but for the arrays named in `undefined`.
+
+        Returns:
+          False if the block was finished already; then nothing was changed.
 
         Raises:
           ValueError: An array is missing or unknown, has not the block's shape, or is not finite.
-          StoreError: The block is finished already, or storage gave back something else than was written.
+          StoreError: Storage gave back something else than was written.
         """
+        written = self._checked(block, values, undefined)
+        if self.is_finished(block):
+            return False
+        encoded = {name: self._encode(name, block, value) for name, value in written.items()}
+        for name, data in encoded.items():
+            objects.create(self.store, self._file(name, block), data)
+        stored: dict[str, Array] = {}
+        for name, data in encoded.items():
+            try:
+                self._require_file(name, block)
+                stored[name] = self._stored_array(name, block)
+            except DamagedBlockError:  # left by a power cut: it was never marked
+                if self.is_finished(block):
+                    return False
+                objects.delete(self.store, self._file(name, block))
+                objects.create(self.store, self._file(name, block), data)
+                stored[name] = self._stored_array(name, block)
+        self._require_same(block, encoded, written, stored)
+        objects.flush(self.store, [self._file(name, block) for name in self.arrays])
+        self._set_mark(block, _digest(stored))
+        return True
+
+    def _checked(self, block: int, values: Mapping[str, Array], undefined: Collection[str]) -> dict[str, Array]:
+        """Returns the values as they are stored, or raises ValueError for what is no such block."""
         span = self.span(block)
-        if self._mark(block).any():
-            raise StoreError(
-                f"{self.where}: block {block} is finished; finished blocks are never rewritten. "
-                "Is another program writing this store?"
-            )
         if set(values) != set(self.arrays):
             raise ValueError(
                 f"{self.where}: block {block} came with {', '.join(sorted(values)) or 'nothing'}, expected "
@@ -150,15 +190,45 @@ class Blocks:
                     f"{self.where}: block {block} of {name!r} is {written[name][row, *column]} in {at}, expected a "
                     "finite number. Nothing was stored."
                 )
-        for name, array in self.arrays.items():
-            # zarr would merge into a file that a killed program or damage left here
-            sync(array.store.delete(self._file(name, block)))
-            array[span] = written[name]
-        digest = _digest(self._stored(block))
-        if digest != _digest(written):
-            raise StoreError(f"{self.where}: storage gave back other bytes than were written for block {block}.")
-        self._flush(block)
-        self._ledger[block] = np.frombuffer(digest, dtype=np.uint8)
+        return written
+
+    def _encode(self, name: str, block: int, values: Array) -> bytes:
+        """Returns the bytes of the one object that holds a block of an array."""
+        array = self.arrays[name]
+        memory = MemoryStore()
+        alone = zarr.Array.from_dict(StorePath(memory, array.path), array.metadata.to_dict()).with_config(KEEP_EMPTY)
+        alone[self.span(block)] = values
+        data = objects.read(memory, self._file(name, block))
+        if data is None:
+            raise StoreError(f"{self.where}: {name!r} is not stored block by block. The store is damaged.")
+        return data
+
+    def _require_same(
+        self, block: int, encoded: Mapping[str, bytes], written: Mapping[str, Array], stored: Mapping[str, Array]
+    ) -> None:
+        """Raises StoreError where the object is ours but its numbers are not."""
+        for name, data in encoded.items():
+            same = _digest({name: stored[name]}) == _digest({name: written[name]})
+            if not same and objects.read(self.store, self._file(name, block)) == data:
+                raise StoreError(f"{self.where}: storage gave back other bytes than were written for block {block}.")
+
+    def _set_mark(self, block: int, digest: bytes) -> None:
+        key = self._mark_file(block)
+        found = objects.read(self.store, key)
+        if found is not None and not any(found):  # zeros or nothing, as a power cut may leave: no mark
+            objects.delete(self.store, key)
+        objects.create(self.store, key, digest)
+        objects.flush(self.store, [key])
+
+    def is_finished(self, block: int) -> bool:
+        """Returns whether a block is finished now, whoever finished it. Cost: one small object."""
+        return bool(self._mark(block).any())
+
+    def forget(self, block: int) -> None:
+        """Removes a block's data, then its mark, so that it is computed anew; a kill in between leaves it damaged."""
+        for name in self.arrays:
+            objects.delete(self.store, self._file(name, block))
+        objects.delete(self.store, self._mark_file(block))
 
     def read(self, block: int) -> dict[str, Array]:
         """Returns the arrays of a finished block, checked against the ledger's sha256.
@@ -184,45 +254,39 @@ class Blocks:
         self.span(block)  # refuses a block that does not exist
         try:
             return np.asarray(self._ledger[block])
-        except _BAD_BYTES as error:
-            raise self._damaged(block, f"its mark in the ledger cannot be read ({error})") from error
+        except BAD_BYTES as error:
+            raise self._damaged(block, f"its mark cannot be read ({self._mark_file(block)}: {error})") from error
 
     def _stored(self, block: int) -> dict[str, Array]:
-        span = self.span(block)
-        found = {}
-        for name, array in self.arrays.items():
-            try:
-                found[name] = np.asarray(array[span])
-            except _BAD_BYTES as error:
-                raise self._damaged(block, f"{name!r} cannot be read ({error})") from error
-        return found
+        return {name: self._stored_array(name, block) for name in self.arrays}
+
+    def _stored_array(self, name: str, block: int) -> Array:
+        try:
+            return np.asarray(self.arrays[name][self.span(block)])
+        except BAD_BYTES as error:
+            raise self._damaged(block, f"{name!r} cannot be read ({self._file(name, block)}: {error})") from error
 
     def _file(self, name: str, block: int) -> str:
         """Returns the key of the one file (a shard, or a chunk of a column) that holds a block of an array."""
         array = self.arrays[name]
         return "/".join([array.path, "c", str(block), *["0"] * (array.ndim - 1)])
 
+    def _mark_file(self, block: int) -> str:
+        return f"{self._ledger.path}/c/{block}/0"
+
     def _require_file(self, name: str, block: int) -> None:
         """Raises DamagedBlockError if the file is gone or empty: zarr would read the fill value."""
-        try:
-            size = sync(self.arrays[name].store.getsize(self._file(name, block)))
-        except FileNotFoundError:
-            raise self._damaged(block, f"the file of {name!r} is gone") from None
+        size = stored_size(self.arrays[name].store, self._file(name, block))
+        if size is None:
+            raise self._damaged(block, f"the file of {name!r} is gone ({self._file(name, block)})")
         if size == 0:
-            raise self._damaged(block, f"the file of {name!r} is empty")
-
-    def _flush(self, block: int) -> None:
-        """Waits until a block's files are on the disk: after a power cut, no mark may stand without its data."""
-        for name, array in self.arrays.items():
-            if isinstance(array.store, LocalStore):
-                with (array.store.root / self._file(name, block)).open("rb") as file:
-                    os.fsync(file.fileno())
+            raise self._damaged(block, f"the file of {name!r} is empty ({self._file(name, block)})")
 
     def _damaged(self, block: int, why: str) -> DamagedBlockError:
         span = self.span(block)
         return DamagedBlockError(
             f"{self.where}: block {block} (rows {span.start} to {span.stop - 1}) is damaged: {why}. "
-            f"Delete its mark {self.where}/ledger/c/{block}/0 and run the same command again to recompute it."
+            f"`coar repair {self.where}` forgets it; then run the same command again to recompute it."
         )
 
     def check_present(self) -> None:
@@ -238,11 +302,9 @@ class Blocks:
         Raises:
           DamagedBlockError: A file is gone, empty or not what it was.
         """
-        array = self.arrays[name]
         try:
-            chosen = as_slice(rows)
-            found = array.oindex[(chosen, columns)] if array.ndim > 1 else array.oindex[(chosen,)]
-        except _BAD_BYTES as error:
+            found = self._readers[name].take(as_slice(rows), columns)
+        except BAD_BYTES as error:
             for block in np.unique(rows // self.block):
                 self._stored(int(block))  # names the block
             raise DamagedBlockError(
@@ -250,7 +312,7 @@ class Blocks:
             ) from error
         for block in np.unique(rows // self.block):
             self._require_file(name, int(block))
-        return np.asarray(found)
+        return found
 
 
 def _array(group: zarr.Group, name: str, where: str) -> zarr.Array[Any]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import zarr
 
 from stores.blocks import Blocks, add_block_array, add_ledger
+from stores.copies import Copies
 from stores.errors import UnfinishedStoreError
 from stores.keepbits import pack_keep, packed_width, unpack_keep
 from stores.rows import Rows
@@ -29,6 +30,7 @@ from stores.schema import (
     read_columns,
     write_columns,
 )
+from stores.worklog import environments
 
 KIND = "campaign"
 
@@ -59,12 +61,13 @@ class CampaignStore:
         self.location = location
         self.where = describe_location(location)
         self._group = group
-        self._blocks = Blocks(group, ("outputs", "keep"), self.where)
+        self.blocks = Blocks(group, ("outputs", "keep"), self.where)
+        self._copies = Copies(self.blocks, ("outputs",))
         self.header: dict[str, Any] = dict(group.attrs)
-        self.rows: int = self._blocks.rows
-        self.block_rows: int = self._blocks.block
+        self.rows: int = self.blocks.rows
+        self.block_rows: int = self.blocks.block
         self.component_count = int(self.header["component_count"])
-        self.example_count: int = self._blocks.arrays["outputs"].shape[1]
+        self.example_count: int = self.blocks.arrays["outputs"].shape[1]
 
     @classmethod
     def create(
@@ -118,13 +121,13 @@ class CampaignStore:
           DamagedBlockError: A finished block has lost a file.
         """
         store = cls(open_group(location, KIND, mode), location)
-        store._blocks.check_present()
+        store.blocks.check_present()
         return store
 
     @property
     def outputs(self) -> Rows:
         """The outputs of the finished rows, (finished rows, examples) float32; index it to read."""
-        return Rows(self._blocks, "outputs")
+        return Rows(self.blocks, "outputs", copies=self._copies)
 
     @property
     def keep(self) -> Rows:
@@ -133,12 +136,12 @@ class CampaignStore:
         def decode(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
             return unpack_keep(packed, self.component_count)
 
-        return Rows(self._blocks, "keep", decode, self.component_count)
+        return Rows(self.blocks, "keep", decode, self.component_count)
 
     @property
     def finished_rows(self) -> npt.NDArray[np.int64]:
         """The plan's row numbers of the finished rows, ascending; row i of `outputs` is plan row `finished_rows[i]`."""
-        return self._blocks.finished_rows()
+        return self.blocks.finished_rows()
 
     @property
     def examples(self) -> dict[str, npt.NDArray[Any]]:
@@ -153,25 +156,25 @@ class CampaignStore:
     @property
     def progress(self) -> Progress:
         """How many blocks and rows are finished."""
-        done = self._blocks.finished()
+        done = self.blocks.finished()
         return Progress(int(done.sum()), len(done), len(self.finished_rows), self.rows)
 
     @property
     def fingerprint(self) -> str:
         """The sha256 (hex) of the ledger: two stores with equal finished data have equal fingerprints."""
-        return hashlib.sha256(self._blocks.digests().tobytes()).hexdigest()
+        return hashlib.sha256(self.blocks.digests().tobytes()).hexdigest()
 
     def finished_blocks(self) -> list[int]:
         """Returns the numbers of the finished blocks."""
-        return [int(block) for block in np.flatnonzero(self._blocks.finished())]
+        return [int(block) for block in np.flatnonzero(self.blocks.finished())]
 
     def missing_blocks(self) -> list[int]:
         """Returns the numbers of the blocks still to compute."""
-        return [int(block) for block in np.flatnonzero(~self._blocks.finished())]
+        return [int(block) for block in np.flatnonzero(~self.blocks.finished())]
 
     def span(self, block: int) -> slice:
         """Returns the plan rows of a block."""
-        return self._blocks.span(block)
+        return self.blocks.span(block)
 
     def require_complete(self) -> None:
         """Raises UnfinishedStoreError, with the missing blocks, unless every block is finished."""
@@ -179,16 +182,17 @@ class CampaignStore:
         if missing:
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise UnfinishedStoreError(
-                f"{self.where}: {len(missing)} of {len(self._blocks)} blocks are not finished ({shown}). "
+                f"{self.where}: {len(missing)} of {len(self.blocks)} blocks are not finished ({shown}). "
                 "Run the same `coar ablate` command again to finish it."
             )
 
-    def write_block(self, block: int, keep: npt.NDArray[np.bool_], outputs: npt.NDArray[np.float32]) -> None:
+    def write_block(self, block: int, keep: npt.NDArray[np.bool_], outputs: npt.NDArray[np.float32]) -> bool:
         """Writes a block's keep-vectors (rows, components) and outputs (rows, examples), then marks it finished.
+
+        Returns False, and changes nothing, if it was finished already.
 
         Raises:
           ValueError: Another dtype or shape, or an output that is no finite number.
-          StoreError: The block is finished already.
         """
         span = self.span(block)
         expected = (span.stop - span.start, self.component_count)
@@ -197,29 +201,27 @@ class CampaignStore:
                 f"{self.where}: keep of block {block} is {keep.dtype} of shape {keep.shape}, expected bool of shape "
                 f"{expected}."
             )
-        self._blocks.write(block, {"keep": pack_keep(keep), "outputs": outputs})
+        return self.blocks.write(block, {"keep": pack_keep(keep), "outputs": outputs})
 
     def read_block(self, block: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
         """Returns a finished block's (keep, outputs), checked against its sha256 in the ledger."""
-        values = self._blocks.read(block)
+        values = self.blocks.read(block)
         return unpack_keep(values["keep"], self.component_count), values["outputs"]
 
     def read_keep(self, block: int) -> npt.NDArray[np.bool_]:
         """Returns the keep-vectors of a finished block; bytes are checked by crc32c only."""
-        self._blocks.require_finished(block)
+        self.blocks.require_finished(block)
         span = self.span(block)
-        packed = self._blocks.take("keep", np.arange(span.start, span.stop))
+        packed = self.blocks.take("keep", np.arange(span.start, span.stop))
         return unpack_keep(packed, self.component_count)
 
     def read_outputs(self, block: int, examples: slice) -> npt.NDArray[np.float32]:
         """Returns the outputs of a finished block for a slab of examples; bytes are checked by crc32c only."""
-        self._blocks.require_finished(block)
+        self.blocks.require_finished(block)
         span = self.span(block)
-        return self._blocks.take("outputs", np.arange(span.start, span.stop), examples)
+        return self.blocks.take("outputs", np.arange(span.start, span.stop), examples)
 
-    def add_environment(self, environment: Mapping[str, Any]) -> None:
-        """Adds to the header with which versions, device and threads it was written, unless it says so already."""
-        known = list(self.header.get("environments", []))
-        if environment not in known:
-            self.header["environments"] = [*known, dict(environment)]
-            self._group.update_attributes({"environments": self.header["environments"]})
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """What the workers ran on, without repetitions: versions, device, threads, ..., oldest first."""
+        return environments(self.header, self.blocks.store)

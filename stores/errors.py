@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stores.schema import Difference
+    from stores.worklog import Failure
 
 
 class StoreError(Exception):
@@ -27,6 +28,27 @@ class StoreUnreadableError(StoreError):
 
 class UnfinishedStoreError(StoreError):
     """Data was asked for that has not been computed yet."""
+
+
+class FailedBlocksError(UnfinishedStoreError):
+    """Blocks failed as often as they may, and were set aside; all others are finished.
+
+    Attributes:
+      failures: One per block, with every attempt.
+    """
+
+    def __init__(self, where: str, failures: Sequence[Failure], blocks: int, advice: str) -> None:
+        self.failures = tuple(failures)
+        lines = "\n".join(
+            f"  block {failure.block}, failed {_times(len(failure.attempts))}: {failure.attempts[-1].why}"
+            for failure in self.failures
+        )
+        count = f"{len(self.failures)} of {blocks} blocks"
+        super().__init__(f"{where}: {count} failed and were set aside; the others are finished.\n{lines}\n{advice}")
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 class DamagedBlockError(StoreError):

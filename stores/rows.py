@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.blocks import Blocks, as_slice
+from stores.copies import Copies
 
 Array = npt.NDArray[Any]
 Index = int | slice | Sequence[int] | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_]
@@ -22,10 +23,13 @@ class Rows:
     `numpy.ix_` does. Reading mutates nothing.
     """
 
-    def __init__(self, blocks: Blocks, name: str, decode: Any = None, width: int | None = None) -> None:
+    def __init__(
+        self, blocks: Blocks, name: str, decode: Any = None, width: int | None = None, copies: Copies | None = None
+    ) -> None:
         self._blocks = blocks
         self._name = name
         self._decode = decode
+        self._copies = copies
         self._rows = blocks.finished_rows()
         array = blocks.arrays[name]
         tail = array.shape[1:] if width is None else (width,)
@@ -49,11 +53,19 @@ class Rows:
             return values[0] if at.ndim == 0 else values
         columns = _positions(keys[1], self.shape[1]) if len(keys) > 1 else np.arange(self.shape[1])
         if self._decode is None:
-            values = self._blocks.take(self._name, rows, as_slice(np.atleast_1d(columns)))
+            values = self._take(rows, as_slice(np.atleast_1d(columns)))
         else:
             values = self._decode(self._blocks.take(self._name, rows))[:, np.atleast_1d(columns)]
         values = values[:, 0] if columns.ndim == 0 else values
         return values[0] if at.ndim == 0 else values
+
+    def _take(self, rows: npt.NDArray[np.int64], columns: slice | Array) -> Array:
+        """Returns rows and columns from wherever they are read fastest."""
+        if self._copies is not None and len(rows):
+            found = self._copies.take(self._name, as_slice(rows), columns)
+            if found is not None:
+                return found
+        return self._blocks.take(self._name, rows, columns)
 
     def __iter__(self) -> Iterator[Array]:
         return (self[row] for row in range(len(self)))

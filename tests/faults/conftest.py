@@ -86,11 +86,11 @@ def finished(tmp_path: Path, undisturbed: Path) -> CampaignStore:
 
 @pytest.fixture(scope="session")
 def files() -> Callable[[Path], dict[str, bytes]]:
-    """`files(path)`: every file below a directory with its bytes, without what zarr leaves of a killed write."""
+    """`files(path)`: every file of a store with its bytes, without book-keeping and what a killed write leaves."""
 
     def read(path: Path) -> dict[str, bytes]:
         found = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-        return {name: data for name, data in found.items() if not name.endswith(".partial")}
+        return {n: data for n, data in found.items() if not (n.endswith(".partial") or n.startswith("work/"))}
 
     return read
 

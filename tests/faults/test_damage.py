@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 import ablate
+import stores
 from stores import CampaignStore, DamagedBlockError, StoreError, UnfinishedStoreError
+from stores.compact import make_copies
+from stores.copies import Copies
 
 pytestmark = pytest.mark.faults
 
@@ -62,11 +65,10 @@ def test_a_mark_without_its_file_is_named_at_open_and_repaired_as_advised(
     if damage == "emptied":  # what a power cut leaves of a file that was not yet on the disk
         _file(finished, name, block).write_bytes(b"")
 
-    mark = path / "ledger" / "c" / str(block) / "0"
     rows = "7 to 13" if block == FULL else "35 to 39"
     text = (
-        f"{path}: block {block} (rows {rows}) is damaged: the file of '{name}' is {reason}. "
-        f"Delete its mark {mark} and run the same command again to recompute it."
+        f"{path}: block {block} (rows {rows}) is damaged: the file of '{name}' is {reason} ({name}/c/{block}/0). "
+        f"`coar repair {path}` forgets it; then run the same command again to recompute it."
     )
     with pytest.raises(DamagedBlockError) as raised:
         CampaignStore.open(path)
@@ -78,7 +80,9 @@ def test_a_mark_without_its_file_is_named_at_open_and_repaired_as_advised(
         with pytest.raises(DamagedBlockError, match=f"block {block} .* is damaged"):
             read()
 
-    mark.unlink()
+    repaired = stores.repair(path)
+    assert repaired.forgotten == (block,)
+    assert repaired.found.damages[0].files == (str(_file(finished, name, block)),)
     ablate.run(small_spec(), path, progress=False)
     assert files(path) == files(undisturbed)
 
@@ -127,7 +131,7 @@ def test_swapped_blocks_are_noticed_by_their_sha256(finished: CampaignStore, nam
 
     for block in (FULL, 2):
         with pytest.raises(
-            DamagedBlockError, match=rf"block {block} .* its sha256 is not the one in the ledger\. Delete"
+            DamagedBlockError, match=rf"block {block} .* its sha256 is not the one in the ledger\. `coar repair"
         ):
             finished.read_block(block)
     finished.read_block(0)
@@ -153,7 +157,7 @@ def test_data_without_a_mark_are_not_data(
 
 
 @pytest.mark.parametrize("block", [FULL, ODD])
-@pytest.mark.parametrize("data", [b"", b"half a file", None])
+@pytest.mark.parametrize("data", [b"", b"half a file"])
 def test_what_an_unfinished_block_left_does_not_matter(
     finished: CampaignStore,
     undisturbed: Path,
@@ -161,12 +165,12 @@ def test_what_an_unfinished_block_left_does_not_matter(
     files: Files,
     unfinish: Unfinish,
     block: int,
-    data: bytes | None,
+    data: bytes,
 ) -> None:
     path = _path(finished)
     unfinish(path, [block])
-    for name in ("outputs", "keep"):  # None: a whole file, but of other data
-        _file(finished, name, block).write_bytes(_file(finished, name, 0).read_bytes() if data is None else data)
+    for name in ("outputs", "keep"):
+        _file(finished, name, block).write_bytes(data)
         _file(finished, name, block).with_name("0.0123abcd.partial").write_bytes(b"what zarr leaves of a killed write")
 
     CampaignStore.open(path).outputs[:]
@@ -184,13 +188,12 @@ def test_a_mark_that_cannot_be_read_is_named_and_repaired_as_advised(
     mark.write_bytes((mark.read_bytes() * 2)[:length])
 
     with pytest.raises(
-        DamagedBlockError, match=r"block 1 \(rows 7 to 13\).* mark in the ledger cannot be read"
+        DamagedBlockError, match=r"block 1 \(rows 7 to 13\).* its mark cannot be read \(ledger/c/1/0: "
     ) as raised:
         CampaignStore.open(path)
-    advised = re.search(r"Delete its mark (\S+) and run the same command again", str(raised.value))
-    assert advised is not None
+    assert f"`coar repair {path}` forgets it" in str(raised.value)
 
-    Path(advised[1]).unlink()
+    assert stores.repair(path).forgotten == (FULL,)
     ablate.run(small_spec(), path, progress=False)
     assert files(path) == files(undisturbed)
 
@@ -216,13 +219,16 @@ def test_a_block_is_on_the_disk_before_its_mark_is_written(
     flushed: list[str] = []
 
     def fsync(descriptor: int) -> None:
-        assert not _file(finished, "ledger", FULL).exists(), "the mark came before the data"
-        flushed.append(str(Path(f"/proc/self/fd/{descriptor}").resolve().relative_to(path.resolve())))
+        name = str(Path(f"/proc/self/fd/{descriptor}").resolve().relative_to(path.resolve()))
+        assert name.startswith("ledger") == _file(finished, "ledger", FULL).exists(), "the mark came before the data"
+        flushed.append(name)
 
     monkeypatch.setattr("os.fsync", fsync)
     CampaignStore.open(path, mode="r+").write_block(FULL, keep, outputs)
 
-    assert sorted(flushed) == ["keep/c/1/0", "outputs/c/1/0"]
+    data = {f"{name}/c{tail}" for name in ("keep", "outputs") for tail in ("/1/0", "/1", "")}
+    assert {name for name in flushed if not name.startswith("ledger")} == data, "files, and the folders that name them"
+    assert [name for name in flushed if name.startswith("ledger")] == ["ledger/c/1/0", "ledger/c/1", "ledger/c"]
     assert _file(finished, "ledger", FULL).exists()
 
 
@@ -232,13 +238,13 @@ def test_a_disk_that_gives_back_other_bytes_gets_no_mark(
     keep, outputs = finished.read_block(FULL)
     unfinish(_path(finished), [FULL])
     store = CampaignStore.open(_path(finished), mode="r+")
-    whole = store._blocks._stored
+    whole = store.blocks._stored_array
 
-    def lying(block: int) -> dict[str, Any]:
-        values = whole(block)
-        return {**values, "outputs": values["outputs"] + np.float32(1e-3)}
+    def lying(name: str, block: int) -> Any:
+        values = whole(name, block)
+        return values + np.float32(1e-3) if name == "outputs" else values
 
-    monkeypatch.setattr(store._blocks, "_stored", lying)
+    monkeypatch.setattr(store.blocks, "_stored_array", lying)
     with pytest.raises(StoreError, match=r"storage gave back other bytes than were written for block 1\."):
         store.write_block(FULL, keep, outputs)
     assert store.missing_blocks() == [FULL]
@@ -261,3 +267,58 @@ def test_data_that_equal_the_fill_value_are_stored_and_guarded(tmp_path: Path) -
         store.keep[0]
     with pytest.raises(DamagedBlockError, match="the file of 'keep' is gone"):
         CampaignStore.open(tmp_path / "a")
+
+
+def _big_endian(node: dict[str, Any]) -> None:
+    node["codecs"][0]["configuration"]["codecs"][0]["configuration"]["endian"] = "big"
+
+
+def _integers(node: dict[str, Any]) -> None:
+    node.update(data_type="int32", fill_value=0)
+
+
+def _other_chunks(node: dict[str, Any]) -> None:
+    node["codecs"][0]["configuration"]["chunk_shape"] = [1, 63]
+
+
+@pytest.mark.parametrize("fast", ["0", "1"])
+@pytest.mark.parametrize("change", [_big_endian, _integers, _other_chunks])
+def test_damaged_metadata_of_an_array_change_no_number(
+    finished: CampaignStore,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, Any]], None],
+    fast: str,
+) -> None:
+    monkeypatch.setenv("STORES_FAST_READ", fast)
+    file = _path(finished) / "outputs" / "zarr.json"
+    node = json.loads(file.read_text())
+    change(node)
+    file.write_text(json.dumps(node))
+
+    found = CampaignStore.open(_path(finished))  # goes by the root, which is sealed
+    np.testing.assert_array_equal(found.outputs[:], CampaignStore.open(undisturbed).outputs[:], strict=True)
+    (damage,) = stores.verify(_path(finished)).damages
+    assert (damage.what, damage.files) == ("metadata", (str(file),))
+    assert stores.repair(_path(finished)).rewritten == (str(file),)
+    assert stores.verify(_path(finished)).sound
+
+
+@pytest.mark.parametrize("change", [_big_endian, _integers, _other_chunks])
+def test_a_copy_with_damaged_metadata_is_not_read(
+    finished: CampaignStore, undisturbed: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    make_copies(finished.location, ["column"])
+    (file,) = _path(finished).glob("copies/column-*/outputs/zarr.json")
+    node = json.loads(file.read_text())
+    change(node)
+    file.write_text(json.dumps(node))
+
+    copies = Copies(CampaignStore.open(finished.location).blocks, ("outputs",))
+    with pytest.warns(UserWarning, match="the copy .* is damaged .its metadata are not what was written"):
+        assert copies.take("outputs", slice(0, 40), np.array([3])) is None
+    assert stores.verify(finished.location).damages[0].files == (str(file),)
+    assert stores.repair(finished.location).removed == (f"copies/{file.parents[1].name}",)
+    np.testing.assert_array_equal(
+        CampaignStore.open(finished.location).outputs[:, 3], CampaignStore.open(undisturbed).outputs[:, 3]
+    )

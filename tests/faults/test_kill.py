@@ -68,10 +68,13 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path, undisturbed: Path, fi
         ("draft begun", None),
         ("draft complete", None),
         ("store made", []),
+        ("block claimed", [0, 1, 2]),
         ("outputs written, keep not", [0, 1, 2]),
-        ("data written, mark not", [0, 1, 2]),
-        ("mark written", [0, 1, 2, 3]),
-        ("last data written, mark not", [0, 1, 2, 3, 4]),
+        ("data written, not flushed", [0, 1, 2]),
+        ("data flushed, mark not written", [0, 1, 2]),
+        ("mark written, not flushed", [0, 1, 2, 3]),
+        ("mark flushed", [0, 1, 2, 3]),
+        ("last data flushed, mark not written", [0, 1, 2, 3, 4]),
     ],
 )
 def test_killed_at_a_chosen_point(

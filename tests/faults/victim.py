@@ -18,10 +18,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-import zarr
 from torch import Tensor, nn
 
 import ablate
+from stores import objects
 from stores.blocks import Blocks
 
 
@@ -77,19 +77,30 @@ def _dying(
     return call
 
 
+def _begins(*prefixes: str) -> Callable[..., bool]:
+    """Returns what tells whether a call is about an object whose key begins so."""
+
+    def about(_: Any, key: str | list[str], *__: Any) -> bool:
+        keys = [key] if isinstance(key, str) else key
+        return any(key.startswith(prefixes) for key in keys)
+
+    return about
+
+
+CREATE, FLUSH = "stores.objects.create", "stores.objects.flush"
 POINTS: dict[
     str, tuple[str, Callable[..., Any]]
 ] = {  # where the process dies: what stands there, and what is put there
     "draft begun": ("stores.schema._consolidate", _die),
     "draft complete": ("os.rename", _die),
     "store made": ("os.rename", _dying(os.rename, 1)),
-    "outputs written, keep not": (
-        "zarr.Array.__setitem__",
-        _dying(zarr.Array.__setitem__, 4, lambda array, *_: array.path == "outputs"),
-    ),
-    "data written, mark not": ("stores.blocks.Blocks._flush", _dying(Blocks._flush, 4)),
-    "mark written": ("stores.blocks.Blocks.write", _dying(Blocks.write, 4)),
-    "last data written, mark not": ("stores.blocks.Blocks._flush", _dying(Blocks._flush, 6)),
+    "block claimed": (CREATE, _dying(objects.create, 4, _begins("work/leases/"))),
+    "outputs written, keep not": (CREATE, _dying(objects.create, 4, _begins("outputs/c/"))),
+    "data written, not flushed": (CREATE, _dying(objects.create, 4, _begins("keep/c/"))),
+    "data flushed, mark not written": (FLUSH, _dying(objects.flush, 4, _begins("outputs/c/"))),
+    "mark written, not flushed": (CREATE, _dying(objects.create, 4, _begins("ledger/c/"))),
+    "mark flushed": ("stores.blocks.Blocks.write", _dying(Blocks.write, 4)),
+    "last data flushed, mark not written": (FLUSH, _dying(objects.flush, 6, _begins("outputs/c/"))),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 import xarray
 from zarr.storage import MemoryStore
 
-from stores import AttributionStore, DamagedBlockError, StoreError, StoreNotFoundError, UnfinishedStoreError
+from stores import AttributionStore, DamagedBlockError, StoreNotFoundError, UnfinishedStoreError
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 NewAttributions = Callable[..., AttributionStore]
@@ -30,12 +30,9 @@ def test_everything_comes_back_as_written(attributions: AttributionStore, estima
     assert np.isnan(attributions.quality["correlation"]).tolist() == [False] * 5 + [True, False]
     assert (attributions.example_count, attributions.component_count, attributions.block_examples) == (7, 3, 3)
     columns = ["correlation", "r2", "ridge", "residual_sd"]
-    assert attributions.header == {
-        "note": "by hand",
-        "quality": columns,
-        "format": "attributions",
-        "format_version": 1,
-    }
+    seal = attributions.header["seal"]
+    expected = {"note": "by hand", "quality": columns, "format": "attributions", "format_version": 2, "seal": seal}
+    assert attributions.header == expected
     assert attributions.examples["id"].tolist() == [f"ü{i}" for i in range(7)]
     assert attributions.components["name"].tolist() == ["conv0", "conv1", "conv2"]
     attributions.verify()
@@ -118,8 +115,12 @@ def test_a_finished_block_is_never_rewritten(
     store = new_attributions(tmp_path / "a")
     fill(store, estimates, [2])
 
-    with pytest.raises(StoreError, match="block 2 is finished; finished blocks are never rewritten"):
-        fill(store, estimates, [2])
+    other = {name: value[store.span(2)] + 1 for name, value in estimates.items()}
+    assert store.write_block(2, other) is False
+
+    np.testing.assert_array_equal(
+        AttributionStore.open(tmp_path / "a", finish=True).weights[:], estimates["weights"][6:]
+    )
 
 
 def test_xarray_reads_it_as_it_is(attributions: AttributionStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import xarray
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
-from stores import CampaignStore, StoreError, StoreExistsError, StoreNotFoundError, UnfinishedStoreError
+from stores import CampaignStore, StoreExistsError, StoreNotFoundError, StoreUnreadableError, UnfinishedStoreError
+from stores.worklog import Worker
 
 Keep = npt.NDArray[np.bool_]
 Outputs = npt.NDArray[np.float32]
@@ -40,7 +41,9 @@ def test_blocks_come_back_as_written(campaign: CampaignStore, keep: Keep, output
 
 
 def test_header_and_tables_come_back(campaign: CampaignStore) -> None:
-    assert campaign.header == {"note": "by hand", "format": "campaign", "format_version": 1, "component_count": 11}
+    expected = {"note": "by hand", "format": "campaign", "format_version": 2, "component_count": 11}
+    assert campaign.header == {**expected, "seal": campaign.header["seal"]}
+    assert len(campaign.header["seal"]) == 64
     assert (campaign.rows, campaign.block_rows) == (10, 4)
     assert (campaign.component_count, campaign.example_count) == (11, 5)
     assert campaign.examples["id"].tolist() == ["ü0", "ü1", "ü2", "ü3", "ü4"]
@@ -51,7 +54,8 @@ def test_header_and_tables_come_back(campaign: CampaignStore) -> None:
 def test_the_format_is_not_the_callers_to_say(tmp_path: Path, new_campaign: NewCampaign) -> None:
     store = new_campaign(tmp_path / "a", header={"format": "other", "format_version": 7, "component_count": 3})
 
-    assert store.header == {"format": "campaign", "format_version": 1, "component_count": 11}
+    expected = {"format": "campaign", "format_version": 2, "component_count": 11}
+    assert store.header == {**expected, "seal": store.header["seal"]}
 
 
 def test_an_unfinished_campaign_shows_finished_rows_only(
@@ -116,13 +120,9 @@ def test_a_finished_block_is_never_rewritten(
     store = new_campaign(tmp_path / "a")
     _write(store, keep, outputs, [1])
 
-    with pytest.raises(StoreError) as raised:
-        store.write_block(1, ~keep[4:8], -outputs[4:8])
+    assert store.write_block(1, ~keep[4:8], -outputs[4:8]) is False
 
-    assert str(raised.value) == (
-        f"{tmp_path / 'a'}: block 1 is finished; finished blocks are never rewritten. "
-        "Is another program writing this store?"
-    )
+    np.testing.assert_array_equal(store.read_block(1)[0], keep[4:8])
     np.testing.assert_array_equal(store.read_block(1)[1], outputs[4:8])
 
 
@@ -327,13 +327,30 @@ def test_no_mode_of_opening_destroys(campaign: CampaignStore, mode: str) -> None
     CampaignStore.open(campaign.location).require_complete()
 
 
-def test_environments_are_added_once(tmp_path: Path, new_campaign: NewCampaign) -> None:
+def test_environments_are_those_of_the_workers_and_of_an_old_header(tmp_path: Path, new_campaign: NewCampaign) -> None:
     store = new_campaign(tmp_path / "a", header={"environments": [{"threads": 1}]})
-    store.add_environment({"threads": 2})
-    store.add_environment({"threads": 1})
-    store.add_environment({"threads": 2})
+    root = (tmp_path / "a" / "zarr.json").read_bytes()
+    for threads in (2, 1, 2):
+        with Worker(store.blocks.store, {"threads": threads}):
+            pass
 
-    assert store.header["environments"] == [{"threads": 1}, {"threads": 2}]
-    assert CampaignStore.open(tmp_path / "a").header["environments"] == [{"threads": 1}, {"threads": 2}]
-    assert set(xarray.open_zarr(tmp_path / "a")) == {"outputs", "keep", "ledger"}  # metadata still consolidated
-    assert zarr.open_group(str(tmp_path / "a"), mode="r").metadata.consolidated_metadata is not None
+    assert CampaignStore.open(tmp_path / "a").environments == [{"threads": 1}, {"threads": 2}]
+    assert (tmp_path / "a" / "zarr.json").read_bytes() == root, "the header is written once"
+    assert set(xarray.open_zarr(tmp_path / "a")) == {"outputs", "keep", "ledger"}
+
+
+def test_a_header_is_sealed(tmp_path: Path, new_campaign: NewCampaign) -> None:
+    new_campaign(tmp_path / "a")
+    file = tmp_path / "a" / "zarr.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document))  # laid out otherwise, but the same
+    CampaignStore.open(tmp_path / "a")
+
+    for change in ({"note": "by hands"}, {"seal": "0" * 64}, {"more": None}):
+        file.write_text(json.dumps({**document, "attributes": {**document["attributes"], **change}}))
+        with pytest.raises(StoreUnreadableError) as raised:
+            CampaignStore.open(tmp_path / "a")
+        assert str(raised.value) == (
+            f"{file} was changed after it was written: its seal, the sha256 of its content, does not fit. Its metadata "
+            "is damaged or it was not written by this toolkit; restore it from a copy, or delete it and run again."
+        )

@@ -23,6 +23,7 @@ from stores import (
     content_hash,
     differences,
 )
+from stores.metadata import DamagedMetadataError, OtherKindError
 
 BROKEN = (
     "Its metadata is damaged or it was not written by this toolkit; restore it from a copy, or delete it and run again."
@@ -77,7 +78,7 @@ def _the_other_kind(path: Path) -> None:
 
 
 def _later_version(path: Path) -> None:
-    zarr.open_group(str(path), mode="w", attributes={"format": "campaign", "format_version": 2})
+    zarr.open_group(str(path), mode="w", attributes={"format": "campaign", "format_version": 3})
 
 
 def _no_version(path: Path) -> None:
@@ -100,47 +101,46 @@ def _no_version(path: Path) -> None:
         (_a_file, "PATH is a file, expected the directory of a campaign store. Check the path.", StoreUnreadableError),
         (
             _some_directory,
-            "PATH exists but is no campaign store: it has no zarr.json. Check the path.",
+            "PATH exists but is no store of this toolkit: it has no zarr.json. Check the path.",
             StoreUnreadableError,
         ),
         (
             _garbage,
-            "PATH cannot be read as a campaign store: JSONDecodeError: Expecting property name enclosed in double "
-            f"quotes: line 1 column 2 (char 1). {BROKEN}",
+            "PATH cannot be read as a campaign store: zarr.json: JSONDecodeError: Expecting property name enclosed in "
+            f"double quotes: line 1 column 2 (char 1). {BROKEN}",
             StoreUnreadableError,
         ),
         (
             _cut_metadata,
-            "PATH cannot be read as a campaign store: JSONDecodeError: Expecting value: line 1 column 1 (char 0). "
-            f"{BROKEN}",
+            "PATH cannot be read as a campaign store: zarr.json: JSONDecodeError: Expecting value: line 1 column 1 "
+            f"(char 0). {BROKEN}",
             StoreUnreadableError,
         ),
         (
             _foreign_group,
             "PATH is no campaign store: it was not written by this toolkit. Check the path.",
-            StoreUnreadableError,
+            OtherKindError,
         ),
         (
             _foreign_group_version_2,
-            "PATH is no campaign store: it was not written by this toolkit. Check the path.",
+            "PATH exists but is no store of this toolkit: it has no zarr.json. Check the path.",
             StoreUnreadableError,
         ),
         (
             _the_other_kind,
             "PATH is no campaign store: its format is 'attributions'. Check the path.",
-            StoreUnreadableError,
+            OtherKindError,
         ),
         (
             _later_version,
-            "PATH has format version 2, this version of the toolkit reads 1. Open it with the version that wrote it "
-            "(see its `environments` attribute), or run it again.",
+            "PATH was written by a newer version of the toolkit (format 3; this version reads up to 2). Upgrade: "
+            "pip install --upgrade component-attribution.",
             StoreUnreadableError,
         ),
         (
             _no_version,
-            "PATH has format version None, this version of the toolkit reads 1. Open it with the version that wrote it "
-            "(see its `environments` attribute), or run it again.",
-            StoreUnreadableError,
+            f"PATH/zarr.json has format version None, expected a number. {BROKEN}",
+            DamagedMetadataError,
         ),
     ],
 )
@@ -162,7 +162,10 @@ def test_what_zarr_words_is_wrapped(tmp_path: Path, make: Callable[[Path], None]
     path = tmp_path / "campaign.zarr"
     make(path)
 
-    with pytest.raises(StoreUnreadableError, match=f"^{path} cannot be read as a campaign store: .*{BROKEN}$"):
+    with pytest.raises(
+        StoreUnreadableError,
+        match=f"^{path}.* (cannot be read as a campaign store: .*{BROKEN}|no group of zarr format 3. Check the path.)$",
+    ):
         CampaignStore.open(path)
 
 
@@ -196,12 +199,12 @@ def test_a_url_is_not_taken_for_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_campaign: Callable[..., CampaignStore]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    expected = r"^s3://bucket/a is a URL, expected a path\. For remote storage, pass a zarr store object\.$"
+    expected = r"Stores can be at s3://, gs://, az://, memory://, file:// or a path, not at s4://\."
 
     with pytest.raises(StoreError, match=expected):
-        CampaignStore.open("s3://bucket/a")
+        CampaignStore.open("s4://bucket/a")
     with pytest.raises(StoreError, match=expected):
-        new_campaign("s3://bucket/a")
+        new_campaign("s4://bucket/a")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -211,9 +214,7 @@ def test_an_array_that_is_gone_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(StoreError) as raised:
         CampaignStore.open(tmp_path / "a")
-    assert str(raised.value) == (
-        f"{tmp_path / 'a'}: the array 'outputs' is missing. The store is damaged; run again into a new one."
-    )
+    assert str(raised.value) == (f"{tmp_path / 'a' / 'zarr.json'}: the array 'outputs' is missing. {BROKEN}")
 
 
 def test_every_key_that_differs_is_named() -> None:
