@@ -31,6 +31,7 @@ from ablate.gating import ablated as ablated
 from ablate.keep import KeepPlan as KeepPlan
 from ablate.loading import load_data as load_data
 from ablate.loading import load_model as load_model
+from ablate.logs import log_to as log_to
 from ablate.machine import Speed as Speed
 from ablate.outputs import CrossEntropyLoss as CrossEntropyLoss
 from ablate.outputs import Logit as Logit
@@ -45,5 +46,7 @@ from ablate.selection import Selection as Selection
 from ablate.spec import CampaignSpec as CampaignSpec
 from ablate.state import model_hash as model_hash
 from ablate.state import preserved_random_state as preserved_random_state
+from ablate.status import Status as Status
+from ablate.status import status as status
 from ablate.structure import register_attention as register_attention
 from ablate.structure import register_feed_forward as register_feed_forward

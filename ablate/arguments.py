@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ablate.data import Examples
-from ablate.errors import DataError, KeepError, LabelError, NonFiniteOutputError
+from ablate.errors import DataError, KeepError, LabelError, NonFiniteOutputError, SpecError
 from ablate.outputs import Output
 
 
@@ -129,3 +129,12 @@ def finite_gradients(gradients: Tensor, examples: Examples) -> Tensor:
         value = float(gradients[example, component])
         raise NonFiniteOutputError(example, example, value, examples.ids[example], component)
     return gradients
+
+
+def require_device(device: str | None) -> None:
+    """Raises SpecError unless this machine has the device; a spec may have been written for another machine."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        problem = f"device: got {device!r}, but there is none here ({torch.cuda.device_count()} CUDA devices)."
+        raise SpecError("CampaignSpec", [f"{problem} Choose another."]) from error

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 
 import stores
 from ablate.data import Examples
 from ablate.engine import Engine
 from ablate.errors import NonFiniteOutputError, SpecError
 from ablate.keep import KeepPlan
-from ablate.progress import progress_bar
 from ablate.spec import CampaignSpec
 from ablate.state import model_hash, preserved_random_state
-from stores import CampaignStore, StoreMismatchError, StoreNotFoundError
+from ablate.working import Job, Sharing, Values, environment, work_through
+from stores import CampaignStore, StoreExistsError, StoreMismatchError, StoreNotFoundError
+from stores.compact import make_copies
 from stores.schema import Location
+from stores.worklog import LEASE_SECONDS
 
+VERSIONS_ADVICE = (
+    "Other versions may round differently. Install the stored ones, or go on all the same with accept_versions=True "
+    "(`--accept-versions`)."
+)
 PACKAGES = ("component-attribution", "torch", "numpy", "zarr")
 
 
@@ -32,17 +35,26 @@ def run(
     *,
     progress: bool = True,
     accept_versions: bool = False,
+    worker: str | None = None,
+    lease_seconds: float = LEASE_SECONDS,
+    keep_going: bool = False,
+    retry_failed: bool = True,
 ) -> CampaignStore:
     """Runs a campaign into its store, block by block, and returns the store; a finished one is returned as it is.
 
     Running the same spec again goes on where it stopped, and stores the same bytes as a run that never stopped (same
-    machine and thread count). Changes nothing but the store: not the model, not the global random state.
+    machine and thread count). Run by several processes at once, on one machine or many, they share the work. Changes
+    nothing but the store: not the model, not the global random state.
 
     Args:
       spec: A spec or the path of a TOML file.
       store: A path or zarr store object; None: the spec's `store`.
       progress: Show rows per second and time left on stderr.
       accept_versions: Go on with a store written by other versions of the packages: equal up to rounding.
+      worker: "i/N": this is worker i (from 0) of N; only says at which block it begins. Any number may work at once.
+      lease_seconds: After how long without a sign of life another worker's block is taken over.
+      keep_going: Set blocks aside that failed three times, and go on with the others, instead of raising at the first.
+      retry_failed: Try blocks anew that were set aside by an earlier run.
 
     Returns:
       The store, complete.
@@ -53,10 +65,12 @@ def run(
       SpecError: The spec has problems, or no store is named.
       stores.StoreMismatchError: The store was made from another model, data set, index, plan or version.
       NonFiniteOutputError: An output is NaN or infinite; names keep row and example. Finished blocks stay.
+      stores.FailedBlocksError: With `keep_going`: blocks failed and were set aside; all others are finished.
     """
+    sharing = Sharing.of(worker, lease_seconds, keep_going, retry_failed)
     if not isinstance(spec, CampaignSpec):
         spec = CampaignSpec.from_file(spec)
-    place = store if store is not None else spec.settings.store
+    place = spec.place(store)
     if place is None:
         raise SpecError("CampaignSpec", ["store: missing. Name one in the spec, or pass store=."])
     if spec.settings.rows is None:
@@ -69,7 +83,11 @@ def run(
         engine = spec.make_engine(model, index, examples)
         identity = campaign_identity(model_hash(model), examples, plan, engine, settings.block_rows)
         campaign = _open_or_create(place, spec, engine, identity, examples, plan, accept_versions)
-        _compute_missing(campaign, engine, plan, examples, progress)
+        if campaign.missing_blocks():
+            job = _job(campaign, engine, plan, examples)
+            work_through(campaign, job, environment(engine, identity["versions"]), sharing, progress)
+    if settings.compact and worker is None:  # one of several would disturb the others' copies
+        make_copies(place)
     return campaign
 
 
@@ -121,65 +139,48 @@ def _open_or_create(
             "spec": spec.describe(),
             "loadable": spec.loadable,
             "index": engine.index.to_json(),
-            "environments": [_environment(engine, identity)],
         }
-        return CampaignStore.create(
-            place,
-            header=header,
-            components=engine.index.columns,
-            examples=examples.columns(),
-            rows=plan.rows,
-            block_rows=spec.settings.block_rows,
-        )
+        try:
+            return CampaignStore.create(
+                place,
+                header=header,
+                components=engine.index.columns,
+                examples=examples.columns(),
+                rows=plan.rows,
+                block_rows=spec.settings.block_rows,
+            )
+        except StoreExistsError:  # another worker, started at the same moment, was first
+            campaign = CampaignStore.open(place, mode="r+")
     found = stores.differences(campaign.header.get("identity", {}), identity)
     if accept_versions or not campaign.missing_blocks():  # nothing is left to round differently
         found = [difference for difference in found if not difference.key.startswith("versions.")]
     if found:
         advice = "Give the original back, or name another store for the new campaign."
         if all(difference.key.startswith("versions.") for difference in found):
-            advice = (
-                "Other versions may round differently. Install the stored ones, or go on all the same with "
-                "accept_versions=True (`coar ablate --accept-versions`)."
-            )
+            advice = VERSIONS_ADVICE
         raise StoreMismatchError(f"Campaign {campaign.where}", found, advice)
     if campaign.missing_blocks():
         engine.check(examples)
-        campaign.add_environment(_environment(engine, identity))
     return campaign
 
 
-def _environment(engine: Engine, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what changes rounding only, and is recorded, not compared."""
-    return {
-        "versions": identity["versions"],
-        "python": platform.python_version(),
-        "device": str(engine.device),
-        "threads": torch.get_num_threads(),
-        "batch_size": engine.batch_size,
-        "speed": asdict(engine.speed),
-    }
+def _job(campaign: CampaignStore, engine: Engine, plan: KeepPlan, examples: Examples) -> Job:
+    def compute(block: int) -> Values:
+        span = campaign.span(block)
+        keep = plan.take(span.start, span.stop)
+        try:
+            outputs = engine.outputs(keep, examples)
+        except NonFiniteOutputError as error:
+            raise NonFiniteOutputError(
+                span.start + error.row, error.example, error.value, examples.ids[error.example]
+            ) from None
+        return {"keep": keep, "outputs": outputs.numpy().astype(np.float32, copy=False)}
 
+    def write(block: int, values: Values) -> bool:
+        return campaign.write_block(block, values["keep"], values["outputs"])
 
-def _compute_missing(
-    campaign: CampaignStore, engine: Engine, plan: KeepPlan, examples: Examples, progress: bool
-) -> None:
-    state = campaign.progress
-    what = f"ablate {len(examples)} examples"
-    with progress_bar(what, state.rows, state.finished_rows, "row", progress) as bar:
-        for block in campaign.missing_blocks():
-            span = campaign.span(block)
-            keep = plan.take(span.start, span.stop)
-            try:
-                outputs = engine.outputs(keep, examples)
-            except NonFiniteOutputError as error:
-                raise NonFiniteOutputError(
-                    span.start + error.row, error.example, error.value, examples.ids[error.example]
-                ) from None
-            except Exception as error:
-                error.add_note(
-                    f"This happened in block {block} (keep rows {span.start} to {span.stop - 1}) of {campaign.where}. "
-                    "Finished blocks stay: run the same command again to go on from here."
-                )
-                raise
-            campaign.write_block(block, keep, outputs.numpy().astype(np.float32, copy=False))
-            bar.update(len(keep))
+    def rows(block: int) -> str:
+        span = campaign.span(block)
+        return f"keep rows {span.start} to {span.stop - 1}"
+
+    return Job(f"ablate {len(examples)} examples", "row", compute, write, rows, work=len(examples))

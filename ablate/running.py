@@ -13,6 +13,7 @@ from ablate.machine import Machine
 from ablate.memory import MemoryPlan, fitting_batch, per_example
 from ablate.outputs import Output
 from ablate.placing import Placed
+from ablate.ticks import BACKWARD, ran
 from ablate.timing import faster, smallest_good_batch
 
 AUTO_BATCHES = (64, 128, 256, 512, 1024)
@@ -88,6 +89,7 @@ class Runner:
                 values = self.measure(logits, targets, first + start)
                 if slopes is not None:
                     slopes[span] = _slopes(values, own)
+                    ran(BACKWARD * len(targets))
                 result[span] = values.detach()
 
     def _gated(self, inputs: Tensor, gates: Tensor, size: int, attention: str | None = None) -> Tensor:
@@ -117,6 +119,7 @@ class Runner:
             check_logits(logits, len(targets), self.output)
             check_labels(logits, targets, first)
             self.checked.add(first)
+        ran(len(targets))
         values = self.output(logits.to(self.dtype), targets)
         if tuple(values.shape) != (len(targets),):  # a scalar would be broadcast without a word
             raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,16 +22,19 @@ from pydantic import (
 )
 from torch import nn
 
-from ablate.ablation import Ablation, MeanAblation, ScaleAblation, ablation_names
-from ablate.components import ComponentIndex, component_kinds
+from ablate.ablation import Ablation, MeanAblation, ScaleAblation
+from ablate.arguments import require_device
+from ablate.components import ComponentIndex
 from ablate.data import Examples
-from ablate.engine import MODES, PRECISIONS, Engine
-from ablate.errors import SpecError, nearest
+from ablate.engine import Engine
+from ablate.errors import SpecError
 from ablate.loading import check_tokens, load_data, load_model
-from ablate.machine import ATTENTION, Speed
-from ablate.outputs import Output, output_names
-from ablate.presets import preset_names
-from ablate.sources import DATA_SOURCES, MODEL_SOURCES, AnyData, AnyModel, DataSource, ModelSource
+from ablate.machine import Speed
+from ablate.outputs import Output
+from ablate.sources import AnyData, AnyModel, DataSource, ModelSource
+from ablate.spec_problems import FRACTION_TAGS, check_names, check_place, explain, short
+from stores.places import resolve
+from stores.schema import Location
 
 
 class ComponentsSpec(BaseModel):
@@ -57,11 +60,10 @@ class SpeedSpec(BaseModel):
 
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-_FRACTION_TAGS = ("one", "several")  # two schemas, so that a problem of one number is told as one
 
 
 def _one_or_several(value: Any) -> str:
-    return _FRACTION_TAGS[isinstance(value, (list, tuple))]
+    return FRACTION_TAGS[isinstance(value, (list, tuple))]
 
 
 class _Settings(BaseModel):
@@ -85,20 +87,22 @@ class _Settings(BaseModel):
     block_rows: int = Field(default=64, ge=1)
     device: str = "auto"
     store: str | None = None
+    storage: dict[str, str | int | float | bool] = {}
+    compact: bool = False
     components: ComponentsSpec = ComponentsSpec()
 
     @field_validator("passes")
     @classmethod
     def _passes(cls, value: Any) -> Any:
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 2):
-            raise ValueError(f"got {_short(value)}, expected 'auto' or an integer of at least 2")
+            raise ValueError(f"got {short(value)}, expected 'auto' or an integer of at least 2")
         return value
 
     @field_validator("ablate_fraction")
     @classmethod
     def _fractions_differ(cls, value: Any) -> Any:
         if isinstance(value, tuple) and len(set(value)) < len(value):
-            raise ValueError(f"got {_short(list(value))}, expected numbers that differ")
+            raise ValueError(f"got {short(list(value))}, expected numbers that differ")
         return value
 
     @field_validator("device")
@@ -158,7 +162,11 @@ class CampaignSpec:
       speed: `{"fold": ..., "channels_last": ..., "compile": ..., "attention": ...}`, as for `Speed`.
       device: As for `Engine`; `auto` is CUDA where there is one, else the CPU.
       block_rows: Keep-vectors per block, the unit that is computed, stored and resumed.
-      store: Where the campaign is stored.
+      store: Where the campaign is stored: a path, or s3://, gs://, az:// or memory://.
+      storage: Options of object storage, e.g. `{"endpoint": "https://...", "region": "..."}`; never credentials, which
+        are taken from the environment. Not written into the store.
+      compact: Add copies for reading single examples when the campaign is finished (`coar compact`). Workers of a job
+        array leave that to you.
 
     Raises:
       SpecError: With every problem of the spec, not only the first.
@@ -173,8 +181,8 @@ class CampaignSpec:
         try:
             settings = schema.model_validate(values)
         except ValidationError as error:
-            problems += _explain(error, schema)
-        problems += _check_names(values)
+            problems += explain(error, schema)
+        problems += [*check_names(values), *check_place(values)]
         if values.get("index") is not None and "components" in values:
             problems.append("components: given beside index. Give one of the two.")
         if problems:
@@ -195,8 +203,10 @@ class CampaignSpec:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise SpecError(str(file), [f"cannot be read: {error.strerror}"]) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SpecError(str(file), [f"is no TOML: {error}"]) from error
+        except ValueError as error:  # a path that no system knows
+            raise SpecError(repr(str(file)), [f"cannot be read: {error}"]) from error
         return cls.from_dict(values, str(file))
 
     @classmethod
@@ -205,6 +215,18 @@ class CampaignSpec:
         spec = cls.__new__(cls)
         spec._fill(values, where, _FileSpec)
         return spec
+
+    def place(self, store: Location | None = None) -> Location | None:
+        """Returns where the campaign is stored: at `store`, or where the spec says, with the spec's storage options.
+
+        Raises:
+          stores.StoreError: There can be no store there.
+        """
+        location = self.settings.store if store is None else store
+        if location is None:
+            return None
+        remote = isinstance(location, str) and "://" in location
+        return resolve(location, self.settings.storage if remote else None)
 
     def load(self) -> tuple[nn.Module, Examples]:
         """Returns the model and the examples; loads them on the first call."""
@@ -239,6 +261,7 @@ class CampaignSpec:
         device: str | None = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else None
+        require_device(device)
         return Engine(
             model,
             index,
@@ -273,7 +296,8 @@ class CampaignSpec:
 
     def describe(self) -> dict[str, Any]:
         """Returns the spec as JSON-able values; Python objects by their type."""
-        values = self.settings.model_dump(mode="json", exclude={"model", "data", "output", "ablation", "index"})
+        elsewhere = {"model", "data", "output", "ablation", "index"}
+        values = self.settings.model_dump(mode="json", exclude=elsewhere | {"storage", "compact"})
         for name in ("model", "data"):
             value = getattr(self._values, name)
             values[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else _python_object(value)
@@ -285,100 +309,3 @@ class CampaignSpec:
 
 def _python_object(value: Any) -> dict[str, str]:
     return {"source": "python", "type": f"{type(value).__module__}.{type(value).__qualname__}"}
-
-
-def _check_names(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the problems of names that are checked against registries, with the nearest matches."""
-    chosen = values.get("components")
-    kinds = chosen.get("kinds") if isinstance(chosen, Mapping) else None
-    for kind in kinds if isinstance(kinds, (list, tuple)) else ():
-        yield from _check_name("components.kinds", kind, component_kinds())
-    preset = chosen.get("preset") if isinstance(chosen, Mapping) else None
-    if preset is not None:
-        yield from _check_name("components.preset", preset, preset_names())
-        if kinds is not None:
-            yield "components.kinds: given beside preset, which has its own. Give one of the two."
-    if "output" in values and not isinstance(values["output"], Output):
-        yield from _check_name("output", values["output"], output_names())
-    if "precision" in values:
-        yield from _check_name("precision", values["precision"], tuple(PRECISIONS))
-    if "mode" in values:
-        yield from _check_name("mode", values["mode"], MODES)
-    ablation = values.get("ablation", "zero")
-    if not isinstance(ablation, Ablation):
-        yield from _check_name("ablation", ablation, ablation_names())
-    factor = values.get("ablation_factor")
-    if (ablation == "scale") != (factor is not None):
-        got = "missing" if factor is None else f"got {_short(factor)} beside ablation = {_short(ablation)}"
-        yield f"ablation_factor: {got}. Give it with ablation = 'scale', and only then."
-    speed = values.get("speed")
-    attention = speed.get("attention") if isinstance(speed, Mapping) else None
-    if attention is not None:
-        yield from _check_name("speed.attention", attention, tuple(ATTENTION))
-
-
-def _check_name(key: str, name: Any, known: tuple[str, ...]) -> Iterator[str]:
-    if name not in known:
-        close = nearest(str(name), known)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        yield f"{key}: got {name!r}, expected one of {', '.join(known)}.{hint}"
-
-
-def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
-    """Returns one sentence per problem that pydantic found: where, what was expected, what was given."""
-    problems = []
-    for problem in error.errors():
-        path = _path(problem["loc"])
-        key = ".".join(path)
-        if problem["type"] == "string_type" and key in ("output", "precision", "components.preset"):
-            continue  # _check_names says it better
-        if problem["type"] == "extra_forbidden":
-            close = nearest(path[-1], _field_names(schema, path[:-1]))
-            hint = f" Did you mean {close[0]!r}?" if close else " Remove it."
-            problems.append(f"{key}: unknown key.{hint}")
-        elif problem["type"] == "missing":
-            problems.append(f"{key}: missing. Give it.")
-        elif problem["type"] == "union_tag_invalid":
-            tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "")
-            close = nearest(tag, known.split(", "))
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            problems.append(f"{key}.source: got {tag!r}, expected one of {known}.{hint}")
-        elif problem["type"] == "union_tag_not_found":
-            problems.append(f"{key}: missing source. Give source = '...'.")
-        elif problem["type"] == "model_attributes_type":
-            expected = _OBJECTS.get(key, "") if schema is _PythonSpec else ""
-            problems.append(f"{key}: got {_short(problem['input'])}, expected {expected}a table with a source.")
-        elif problem["type"] == "value_error":
-            problems.append(f"{key}: {problem['ctx']['error']}.")
-        else:
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            message = message.replace("input should", "it should")
-            problems.append(f"{key}: got {_short(problem['input'])}, but {message}.")
-    return problems
-
-
-def _path(location: tuple[int | str, ...]) -> list[str]:
-    """Returns the keys that lead to a problem, without the tag that pydantic puts between a choice and its key."""
-    top = str(location[0]) if location else ""
-    tags = {source.tag() for source in {"model": MODEL_SOURCES, "data": DATA_SOURCES}.get(top, ())}
-    if top == "ablate_fraction":
-        tags = set(_FRACTION_TAGS)
-    return [str(part) for i, part in enumerate(location) if i != 1 or part not in tags]
-
-
-_OBJECTS = {"model": "an nn.Module or ", "data": "(inputs, targets), a Dataset, Examples or "}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _field_names(schema: type[BaseModel], path: list[str]) -> list[str]:
-    if path == ["components"]:
-        return list(ComponentsSpec.model_fields)
-    if path == ["speed"]:
-        return list(SpeedSpec.model_fields)
-    if path in (["model"], ["data"]):
-        return [f for s in (MODEL_SOURCES if path == ["model"] else DATA_SOURCES) for f in s.model_fields]
-    return list(schema.model_fields)
