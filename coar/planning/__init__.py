@@ -1,0 +1,5 @@
+"""What a campaign or an estimate would cost, and how good it may get, before anything runs."""
+
+from coar.planning.planner import SECONDS as SECONDS
+from coar.planning.planner import Plan as Plan
+from coar.planning.planner import plan as plan
