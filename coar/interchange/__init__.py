@@ -1,0 +1,6 @@
+"""Data of other programs: attributions as files they read, their campaigns and attributions as our stores."""
+
+from coar.interchange.attribution_files import import_attributions as import_attributions
+from coar.interchange.errors import InterchangeError as InterchangeError
+from coar.interchange.exporting import export as export
+from coar.interchange.importing import import_campaign as import_campaign
