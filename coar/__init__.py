@@ -34,5 +34,11 @@ from coar.evaluate import FractionEvaluation as FractionEvaluation
 from coar.evaluate import counterfactual_correlation as counterfactual_correlation
 from coar.evaluate import evaluate as evaluate
 from coar.evaluate import mean_interval as mean_interval
+from coar.interchange import InterchangeError as InterchangeError
+from coar.interchange import export as export
+from coar.interchange import import_attributions as import_attributions
+from coar.interchange import import_campaign as import_campaign
 from coar.metrics import GroupAccuracy as GroupAccuracy
 from coar.metrics import group_accuracy as group_accuracy
+from coar.planning import Plan as Plan
+from coar.planning import plan as plan

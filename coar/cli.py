@@ -16,8 +16,18 @@ import typer
 import ablate
 import coar
 import stores
-from coar import cli_campaign, cli_estimate, cli_queries
+from coar import (
+    cli_campaign,
+    cli_care,
+    cli_estimate,
+    cli_interchange,
+    cli_layout,
+    cli_plan,
+    cli_queries,
+    cli_status,
+)
 from coar.cli_common import BAD_INPUT, FAILED, MISMATCH, NOT_FINISHED, say
+from coar.cli_workers import OptionalRay
 from coar.demo import run_demo
 
 app = typer.Typer(
@@ -55,8 +65,9 @@ def demo(
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Start here": {"index": cli_campaign.index},
     "Run a campaign and fit it": {
+        "plan": cli_plan.plan_spec,
         "ablate": cli_campaign.run_campaign,
-        "status": cli_campaign.status,
+        "status": cli_status.status,
         "fit": cli_campaign.fit_campaign,
     },
     "Or estimate from the model, without a campaign": {"estimate": cli_estimate.estimate_spec},
@@ -66,11 +77,21 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "nearest": cli_queries.nearest,
         "compare": cli_queries.compare,
     },
+    "Look after stores": {
+        "verify": cli_care.verify,
+        "repair": cli_care.repair,
+        "migrate": cli_care.migrate,
+        "compact": cli_layout.compact,
+    },
+    "Exchange with other programs": {
+        "export": cli_interchange.export_attributions,
+        "import": cli_interchange.import_files,
+    },
     "Edit and report": {"edit": cli_queries.edit, "report": cli_queries.report},
 }
 for panel, commands in PANELS.items():
     for name, command in commands.items():
-        app.command(name, rich_help_panel=panel)(command)
+        app.command(name, rich_help_panel=panel, cls=OptionalRay)(command)
 
 
 def main() -> None:

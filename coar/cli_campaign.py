@@ -1,4 +1,4 @@
-"""Commands around campaigns: what would be ablated, running, looking how far it is, fitting."""
+"""Commands around campaigns: what would be ablated, running, fitting."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import typer
 
 import ablate
 import coar
-import stores
+from ablate.devices import on_device
 from coar.cli_common import (
-    NOT_FINISHED,
     CampaignPath,
     Json,
     MemoryGiB,
@@ -21,6 +20,10 @@ from coar.cli_common import (
     records,
     say,
 )
+from coar.cli_logs import Curves, LogFormat, LogLines, LogTarget, telling
+from coar.cli_spread import Outcome, open_campaign
+from coar.cli_workers import Workers, with_workers
+from stores.compact import make_copies
 
 
 def index(
@@ -51,45 +54,40 @@ def index(
         say("How each module is gated:", gating[["module", "used by", "activation gating", "notes"]])
 
 
+@with_workers
 def run_campaign(
     spec: SpecFile,
+    workers: Workers,
     store: Annotated[str | None, typer.Option(help="Where to store it; default: the spec's `store`.")] = None,
     accept_versions: Annotated[
         bool, typer.Option("--accept-versions", help="Go on with a store that other package versions wrote.")
     ] = False,
+    log: LogTarget = None,
+    log_format: LogLines = LogFormat.text,
+    tensorboard: Curves = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run a campaign into its store, or go on where it stopped."""
-    campaign = ablate.run(spec, store, progress=not quiet, accept_versions=accept_versions)
+    """Run a campaign into its store, or go on where it stopped.
+
+    Started several times at once, here or on many machines, the same command
+    shares the work. A block that fails three times is set aside: exit code 3.
+    """
+    loaded = ablate.CampaignSpec.from_file(spec)
+    place = store if store is not None else loaded.settings.store
+    outcome = Outcome.HERE
+    with telling(log, log_format, tensorboard, quiet):
+        if place is not None:
+            outcome = workers.spread(spec, loaded, place, open_campaign, ("ablate", "row"), not quiet)
+        if outcome is Outcome.SUBMITTED:
+            return
+        if outcome is Outcome.DONE and place is not None:
+            campaign = open_campaign(loaded, place)
+            if loaded.settings.compact:
+                make_copies(campaign.location)
+        else:
+            loaded = on_device(loaded, workers.device)
+            campaign = ablate.run(loaded, store, progress=not quiet, accept_versions=accept_versions, **workers.sharing)
     say(f"Complete: {campaign.rows:,} rows x {campaign.example_count:,} examples in {campaign.where}")
-
-
-def status(store: CampaignPath, as_json: Json = False) -> None:
-    """Show how far a campaign is. Exit code 3 while it is not finished."""
-    campaign = stores.CampaignStore.open(store)
-    state = campaign.progress
-    facts = {
-        "store": campaign.where,
-        "complete": state.complete,
-        "finished_rows": state.finished_rows,
-        "rows": state.rows,
-        "finished_blocks": state.finished_blocks,
-        "blocks": state.blocks,
-        "examples": campaign.example_count,
-        "components": campaign.component_count,
-        "spec": campaign.header["spec"],
-    }
-    if as_json:
-        print_json(facts)
-    else:
-        share = state.finished_rows / state.rows
-        say(
-            f"{campaign.where}: {'complete' if state.complete else 'not finished'}, {state.finished_rows:,} of "
-            f"{state.rows:,} rows ({share:.0%}), {state.finished_blocks} of {state.blocks} blocks; "
-            f"{campaign.example_count:,} examples, {campaign.component_count:,} components."
-        )
-    if not state.complete:
-        raise typer.Exit(NOT_FINISHED)
 
 
 def fit_campaign(

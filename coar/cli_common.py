@@ -21,6 +21,9 @@ AttributionsPath = Annotated[str, typer.Argument(metavar="ATTRIBUTIONS", help="A
 MemoryGiB = Annotated[float, typer.Option(min=0.01, max=1e6, help="Memory budget in GiB.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace attributions that were estimated otherwise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+RunCode = Annotated[
+    bool, typer.Option("--run-code", help="Call the functions that the store names as factory. Only if you trust it.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 # Ids and groups are the user's: no markup, no emoji in them.

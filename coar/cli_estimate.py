@@ -9,8 +9,12 @@ import typer
 
 import ablate
 import coar
+from ablate.devices import on_device
 from ablate.errors import UnknownNameError
 from coar.cli_common import Json, MemoryGiB, Overwrite, Quiet, SpecFile, print_json, say
+from coar.cli_logs import Curves, LogFormat, LogLines, LogTarget, telling
+from coar.cli_spread import Outcome, open_estimate
+from coar.cli_workers import Workers, with_workers
 from coar.estimators.abstract import Estimator
 from coar.estimators.registry import get_estimator
 
@@ -46,8 +50,10 @@ ForwardRows = Annotated[
 ]
 
 
+@with_workers
 def estimate_spec(
     spec: SpecFile,
+    workers: Workers,
     out: Annotated[
         str | None, typer.Option(help="Where to write; default: the spec's `store` with -estimate before .zarr.")
     ] = None,
@@ -65,6 +71,9 @@ def estimate_spec(
     block_examples: Annotated[int, typer.Option(min=1, help="Most examples that are estimated together.")] = 256,
     memory_gib: MemoryGiB = 2.0,
     overwrite: Overwrite = False,
+    log: LogTarget = None,
+    log_format: LogLines = LogFormat.text,
+    tensorboard: Curves = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -78,16 +87,24 @@ def estimate_spec(
     settings = {name: value for name, value in given.items() if value is not None}
     estimator, subject = _estimator(ablate.CampaignSpec.from_file(spec), str(spec), method, ablate_fraction, settings)
     target = out if out is not None else _estimate_store(spec, subject)
-    found = coar.estimate(
-        subject,
-        method=estimator,
-        store=target,
-        quality_rows=quality_rows,
-        block_examples=block_examples,
-        memory=int(memory_gib * 2**30),
-        overwrite=overwrite,
-        progress=not quiet,
-    )
+    with telling(log, log_format, tensorboard, quiet):
+        outcome = workers.spread(spec, subject, target, open_estimate, (f"estimate ({method})", "example"), not quiet)
+        if outcome is Outcome.SUBMITTED:
+            return
+        if outcome is Outcome.DONE:
+            found = coar.open_attributions(target)
+        else:
+            found = coar.estimate(
+                on_device(subject, workers.device),
+                method=estimator,
+                store=target,
+                quality_rows=quality_rows,
+                block_examples=block_examples,
+                memory=int(memory_gib * 2**30),
+                overwrite=overwrite,
+                progress=not quiet,
+                **workers.sharing,
+            )
     ran = found.quality["passes"].astype(int)
     if as_json:
         facts = {"store": target, "method": method, "examples": len(found), "passes": float(ran.mean())}

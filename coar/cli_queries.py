@@ -10,7 +10,7 @@ import typer
 import ablate
 import coar
 from coar import plots
-from coar.cli_common import AttributionsPath, Json, print_json, records, say
+from coar.cli_common import AttributionsPath, Json, RunCode, print_json, records, say
 from coar.demo import ablation_curve
 from coar.reload import reload_engine
 from coar.report import edit_section, provenance_section, quality_section, write_report
@@ -23,11 +23,12 @@ def evaluate(
         list[float] | None, typer.Option(help="Share ablated; repeatable; default: that of the attributions.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Must differ from that of the campaign or estimate.")] = 1_000_003,
+    run_code: RunCode = False,
     as_json: Json = False,
 ) -> None:
     """Judge attributions on fresh keep-vectors: correlation of predicted with true outputs."""
     opened = coar.open_attributions(attributions)
-    engine, examples = reload_engine(opened)
+    engine, examples = reload_engine(opened, run_code=run_code)
     result = coar.evaluate(opened, engine, examples, rows=rows, ablate_fraction=ablate_fraction or None, seed=seed)
     if as_json:
         print_json({"rows": rows, "seed": seed, "fractions": records(result.table())})
@@ -48,6 +49,7 @@ def top(
     k: Annotated[int, typer.Option("-k", help="How many components.")] = 10,
     sign: Annotated[str, typer.Option(help="both, positive or negative.")] = "both",
     figure: Annotated[Path | None, typer.Option(help="Write a figure; runs the model on this example.")] = None,
+    run_code: RunCode = False,
     as_json: Json = False,
 ) -> None:
     """Show the components that matter most to one example."""
@@ -61,7 +63,7 @@ def top(
     else:
         say(_about(opened, position), table)
     if figure is not None:
-        engine, examples = reload_engine(opened)
+        engine, examples = reload_engine(opened, run_code=run_code)
         curve = ablation_curve(opened, engine, examples, position, min(20, len(opened.index)))
         figure.parent.mkdir(parents=True, exist_ok=True)
         plots.top_components(opened, position, _picture(examples, position), curve, k).savefig(figure)
@@ -149,7 +151,7 @@ def report(
                 f"index {opened.index.hash[:12]}. Give an edit of the same model."
             )
         sections.append(edit_section(found))
-    sections.append(provenance_section(opened.header))
+    sections.append(provenance_section(opened))
     write_report(out, "Component attributions", opened.store.where, sections)
     say(f"Report: {out}")
 

@@ -109,7 +109,7 @@ def run_demo(out: str | os.PathLike[str], seed: int, say: Say, progress: bool = 
             edit_section(edit),
             quality_section(attributions),
             _fresh_section(attributions, evaluation),
-            provenance_section(attributions.header, timings),
+            provenance_section(attributions, timings),
         ],
     )
     say(f"7. Report: {report}", None)

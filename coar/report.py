@@ -44,6 +44,7 @@ _STDERR = {
     "integrated_gate_gradients": _NOTHING_SAMPLED,
     "neuron_conductance": _NOTHING_SAMPLED,
     "internal_influence": _NOTHING_SAMPLED,
+    "imported": "The imported file had no standard errors: they are 0 here.",
     "random": "These weights are random numbers that know nothing of the model; their standard errors mean nothing.",
 }
 _GATES_BETWEEN = " They do not count the small bias that comes of gates between 0 and 1."
@@ -72,11 +73,13 @@ def write_report(path: str | os.PathLike[str], title: str, lead: str, sections: 
     return target
 
 
-def provenance_section(header: Mapping[str, Any], timings: Mapping[str, float] | None = None) -> Section:
+def provenance_section(attributions: Attributions, timings: Mapping[str, float] | None = None) -> Section:
     """Returns what a result was made from: method, spec, hashes, versions, and how long each step took in seconds."""
+    header = attributions.header
     identity = header["identity"]
     of = identity.get("of", identity)
-    settings = {name: value for name, value in identity.items() if name != "of"} if "of" in identity else {}
+    told = ("of", "versions")  # elsewhere
+    settings = {name: value for name, value in identity.items() if name not in told} if "of" in identity else {}
     # what the spec says for the other way of estimating, or was told otherwise beside it, was not used
     unused = ("rows", "block_rows", "store", *settings) if _from_model(identity) else ("passes",)
     tables = {"Method": _pairs(_flat(settings))} if settings else {}
@@ -84,7 +87,7 @@ def provenance_section(header: Mapping[str, Any], timings: Mapping[str, float] |
         "Spec": _pairs(_flat({name: value for name, value in header["spec"].items() if name not in unused})),
         "Hashes (sha256)": _pairs({name: of[name] for name in ("model", "data", "index")}),
         "Ablate fraction and seed" if _from_model(identity) else "Keep plan": _pairs(_flat(of["plan"])),
-        "Written with": pd.DataFrame([_flat(environment) for environment in header["environments"]]),
+        "Written with": pd.DataFrame([_flat(environment) for environment in attributions.store.environments]),
     }
     if timings:
         tables["Timings of the run that wrote this report"] = pd.DataFrame(
@@ -149,6 +152,8 @@ def _held_out_rows(identity: Mapping[str, Any]) -> str:
 def _origin(attributions: Attributions) -> str:
     identity = attributions.header["identity"]
     size = f"{len(attributions):,} examples x {len(attributions.index):,} components"
+    if identity["method"] == "imported":
+        return f"{size}, imported from {identity['imported']['file']}."
     if not _from_model(identity):
         return f"{size}, by {identity['method']} on {identity['rows']:,} keep-vectors of a campaign."
     passes = attributions.quality["passes"]

@@ -62,6 +62,13 @@ class Estimator(ABC):
         """Returns the bytes that a block takes whatever the number of its examples."""
         return 0
 
+    def work(self, components: int) -> float | None:
+        """Returns about how many forwards an example takes, a backward counted as two, for the progress.
+
+        None if that is not known before; then the progress learns it from the first block.
+        """
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Returns the method and its settings as JSON-able values: what a store of estimates is bound to."""
         return {"method": self.name, **asdict(self)}

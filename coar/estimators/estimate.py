@@ -13,7 +13,7 @@ from zarr.storage import MemoryStore
 
 from ablate import CampaignSpec, Engine, Examples, KeepPlan, NonFiniteOutputError, model_hash, preserved_random_state
 from ablate.campaign import package_versions, subject_identity
-from ablate.progress import progress_bar
+from ablate.working import Job, Sharing, Values, environment, work_through
 from coar.attributions import Attributions
 from coar.errors import FitError
 from coar.estimators.abstract import Estimator
@@ -22,8 +22,9 @@ from coar.estimators.plain import require_components
 from coar.estimators.registry import get_estimator
 from coar.estimators.storing import open_same, remove
 from coar.evaluate import correlation, explained_share
-from stores import AttributionStore
+from stores import AttributionStore, StoreExistsError
 from stores.schema import Location
+from stores.worklog import LEASE_SECONDS
 
 QUALITY = ("correlation", "r2", "residual_sd", "passes")
 QUALITY_SEED = 0x9A11  # held-out rows are never those of a campaign or an evaluation with the same seed
@@ -47,12 +48,18 @@ def estimate(
     memory: int = 2 * 2**30,
     overwrite: bool = False,
     progress: bool = False,
+    accept_versions: bool = False,
+    worker: str | None = None,
+    lease_seconds: float = LEASE_SECONDS,
+    keep_going: bool = False,
+    retry_failed: bool = True,
     **options: Any,
 ) -> Attributions:
     """Returns one linear attribution per example, estimated by running the model. The model is not changed.
 
     Goes block of examples by block of examples; a block is final when it is written. Running the same again goes on
-    where it stopped, and stores the same bytes as a run that never stopped (same machine and thread count).
+    where it stopped, and stores the same bytes as a run that never stopped (same machine and thread count). Run by
+    several processes at once, on one machine or many, they share the work.
 
     Args:
       model: An `nn.Module`, or a CampaignSpec or the path of one: then data, index, output, seed, ablate fraction,
@@ -72,6 +79,7 @@ def estimate(
       memory: Budget in bytes for everything but the engine: blocks are made as small as it needs.
       overwrite: Replace another estimate at `store`.
       progress: Show a progress bar on stderr.
+      accept_versions, worker, lease_seconds, keep_going, retry_failed: As for `ablate.run`.
       options: `components`, `device`, `precision`, `batch_size`, `ablation`, `memory_budget`, `speed`, ...: as for
         CampaignSpec.
 
@@ -83,7 +91,9 @@ def estimate(
       ablate.SpecError: All other problems of the arguments at once.
       ablate.NonFiniteOutputError: NaN gradients; names the example and component. Finished blocks stay.
       stores.StoreMismatchError: There is another estimate at `store`.
+      stores.FailedBlocksError: With `keep_going`: blocks failed and were set aside; all others are finished.
     """
+    sharing = Sharing.of(worker, lease_seconds, keep_going, retry_failed)
     if isinstance(model, nn.Module):
         fraction = _fraction(method, ablate_fraction)
         given = {"index": index, "output": output, "seed": seed, "ablate_fraction": fraction, **options}
@@ -101,18 +111,23 @@ def estimate(
     if method == "gradient":
         settings["ablate_fraction"] = fraction
     estimator = get_estimator(method, **settings)
-    place = store if store is not None else MemoryStore()
+    place = MemoryStore() if store is None else spec.place(store) or store
     with preserved_random_state():
         run = _Run(spec, estimator, fraction, quality_rows)
-        target = open_same(place, run.identity, overwrite)
+        target = open_same(place, run.identity, overwrite, accept_versions)
         if target is None or target.missing_blocks():
             block = _block_size(run, block_examples, memory, store is None, target)
             if target is None:
                 run.check()  # a model that cannot be run, or has no gradients, leaves no store behind
                 if overwrite:
                     remove(place)
-                target = run.create(place, block)
-            _estimate_missing(run, target, progress)
+                try:
+                    target = run.create(place, block)
+                except StoreExistsError:  # another worker, started at the same moment, was first
+                    target = open_same(place, run.identity, False, accept_versions)
+                    if target is None:
+                        raise
+            work_through(target, _job(run, target), environment(run.engine, package_versions()), sharing, progress)
     return Attributions(AttributionStore.open(place))
 
 
@@ -129,7 +144,12 @@ class _Run:
         self.plan = KeepPlan(len(self.index), max(1, quality_rows), fraction, self.seed ^ QUALITY_SEED)
         of = subject_identity(model_hash(self.model), self.examples, self.engine)
         of["plan"] = {"ablate_fraction": fraction, "seed": self.seed}
-        self.identity: dict[str, Any] = {**estimator.describe(), "quality_rows": quality_rows, "of": of}
+        self.identity: dict[str, Any] = {
+            **estimator.describe(),
+            "quality_rows": quality_rows,
+            "of": of,
+            "versions": package_versions(),
+        }
 
     def check(self) -> None:
         """Raises what the engine or the method has against this model and these examples, as far as few can tell."""
@@ -144,7 +164,6 @@ class _Run:
             "spec": self.spec.describe(),
             "loadable": self.spec.loadable,
             "index": self.index.to_json(),
-            "environments": [{"versions": package_versions(), "device": str(self.engine.device)}],
         }
         return AttributionStore.create(
             place,
@@ -177,32 +196,38 @@ class _Run:
         return {f"quality/{name}": value.astype(np.float32) for name, value in found.items()}
 
 
-def _estimate_missing(run: _Run, target: AttributionStore, progress: bool) -> None:
-    missing = target.missing_blocks()
-    left = sum(target.span(block).stop - target.span(block).start for block in missing)
-    total = len(run.examples)
-    with progress_bar(f"estimate ({run.estimator.name})", total, total - left, "example", progress) as bar:
-        for block in missing:
-            span = target.span(block)
-            try:
-                values = run.block(span)
-            except Exception as error:
-                found = _among_all(error, span.start, run.examples)
-                found.add_note(
-                    f"This happened in block {block} (examples {span.start} to {span.stop - 1}) of {target.where}. "
-                    "Finished blocks stay: run the same again to go on from here."
-                )
-                if found is error:
-                    raise
-                raise found from error
-            target.write_block(block, values)
-            bar.update(span.stop - span.start)
+def _job(run: _Run, target: AttributionStore) -> Job:
+    def compute(block: int) -> Values:
+        span = target.span(block)
+        try:
+            return run.block(span)
+        except NonFiniteOutputError as error:
+            raise _among_all(error, span.start, run.examples) from error
+
+    def examples(block: int) -> str:
+        span = target.span(block)
+        return f"examples {span.start} to {span.stop - 1}"
+
+    work = run.estimator.work(len(run.index))
+    return Job(
+        f"estimate ({run.estimator.name})",
+        "example",
+        compute,
+        target.write_block,
+        examples,
+        work=None if work is None else work + run.quality_rows,
+        measured=_held_out,
+    )
 
 
-def _among_all(error: Exception, first: int, examples: Examples) -> Exception:
+def _held_out(values: Values) -> dict[str, float]:
+    """Returns the mean held-out correlation of a block, if it was measured."""
+    found = values["quality/correlation"]
+    return {"correlation": float(np.nanmean(found))} if np.isfinite(found).any() else {}
+
+
+def _among_all(error: NonFiniteOutputError, first: int, examples: Examples) -> NonFiniteOutputError:
     """Returns an error that counts examples from a block's first as one that counts from the first of all."""
-    if not isinstance(error, NonFiniteOutputError):
-        return error
     example = first + error.example
     return NonFiniteOutputError(error.row, example, error.value, examples.ids[example], error.component)
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ablate import Engine, Examples, KeepPlan
+from ablate.ticks import BACKWARD
 from coar.errors import FitError
 from coar.estimators.abstract import BlockEstimate, Estimator
 from coar.estimators.design import GateDesign, check_design
@@ -80,6 +81,10 @@ class Gradient(Estimator):
         """Returns the bytes of a small matrix per component, of forward rows, and of libraries' buffers."""
         rows = self.forward_rows
         return components * (3 * 8 * MOST_SHARED**2 + 33 * rows) + 56 * rows**2 + 32 * 2**20
+
+    def work(self, components: int) -> float | None:
+        """Returns the forwards of an example; None for "auto"."""
+        return None if isinstance(self.passes, str) else self.passes * (1 + BACKWARD) + self.forward_rows
 
     def estimate(self, engine: Engine, examples: Examples, first: int, seed: int) -> BlockEstimate:
         """Returns the attributions of a block; errors as `Engine.gate_gradients`, and FitError."""

@@ -32,3 +32,7 @@ class LeaveOneOut(Estimator):
     def memory(self, components: int) -> int:
         """Returns bytes per example: outputs, their differences, weights and standard errors."""
         return 24 * components
+
+    def work(self, components: int) -> float | None:
+        """Returns the forwards of an example: one per component, and one."""
+        return components + 1

@@ -112,7 +112,8 @@ def fit(
         if target is None:  # only now: what cannot be fitted leaves nothing behind, and what is there alone
             if overwrite:
                 remove(place)
-            kept = {key: campaign.header[key] for key in ("spec", "loadable", "index", "environments")}
+            kept = {key: campaign.header[key] for key in ("spec", "loadable", "index")}
+            kept["environments"] = campaign.environments  # of the outputs; that is where the rounding is
             target = AttributionStore.create(
                 place,
                 header={"identity": identity, **kept},

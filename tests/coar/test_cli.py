@@ -25,6 +25,13 @@ COMMANDS = (
     "compare",
     "edit",
     "report",
+    "plan",
+    "verify",
+    "repair",
+    "migrate",
+    "compact",
+    "export",
+    "import",
 )
 Run = Callable[..., tuple[int, str, str]]
 
@@ -101,9 +108,11 @@ def test_a_campaign_given_where_attributions_belong(run: Run, folder: Path) -> N
 
 def test_a_damaged_block(run: Run, unfinished: Path, tmp_path: Path) -> None:
     (unfinished / "outputs" / "c" / "1" / "0").unlink()
-    code, out, err = run("status", unfinished)
+    code, out, err = run("fit", unfinished, "--quiet")
     assert (code, out) == (1, "")
-    assert err.startswith(f"error: {unfinished}: block 1 (rows 20 to 39) is damaged: the file of 'outputs' is gone.")
+    assert err.startswith(
+        f"error: {unfinished}: block 1 (rows 20 to 39) is damaged: the file of 'outputs' is gone (outputs/c/1/0)."
+    )
 
 
 def test_version(run: Run) -> None:

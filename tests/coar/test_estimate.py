@@ -43,7 +43,7 @@ def _estimate(model: Any, data: Any, **settings: Any) -> coar.Attributions:
 
 def _digests(place: Location) -> list[bytes]:
     store = AttributionStore.open(place)
-    return [bytes(row) for row in store._blocks.digests()]
+    return [bytes(row) for row in store.blocks.digests()]
 
 
 def _same(one: coar.Attributions, other: coar.Attributions) -> bool:
@@ -77,7 +77,9 @@ def test_a_store_holds_what_memory_holds(tiny_net: nn.Module, tiny_examples: abl
     assert _same(disk, coar.open_attributions(tmp_path / "a.zarr"))
     assert disk.store.block_examples == 4
     assert disk.weights[:].shape == (9, 10)
-    assert disk.header["identity"] == {
+    identity = dict(disk.header["identity"])
+    assert set(identity.pop("versions")) == {"component-attribution", "torch", "numpy", "zarr"}
+    assert identity == {
         "method": "gradient",
         "passes": 6,
         "ablate_fraction": 0.05,
@@ -139,8 +141,8 @@ def test_resuming_after_an_error_gives_the_same_bytes(
     with patch, pytest.raises(StopError) as caught:
         _estimate(tiny_net, tiny_examples, store=path)
     assert caught.value.__notes__ == [
-        f"This happened in block 1 (examples 4 to 7) of {path}. Finished blocks stay: run the same again to go on "
-        "from here."
+        f"This happened in block 1 (examples 4 to 7) of {path}. Finished blocks stay: run the same command again to go "
+        "on from here."
     ]
     assert AttributionStore.open(path, finish=True).missing_blocks() == [1, 2]
     patch, calls = _stopping(99)
@@ -559,8 +561,8 @@ def test_a_gradient_that_is_not_finite_names_the_example_among_all(tmp_path: Pat
     assert str(caught.value).startswith("The gradient of component 0 on example 4 (id 'bad') is nan, expected a finite")
     assert (caught.value.example, caught.value.component) == (4, 0)
     assert caught.value.__notes__ == [
-        f"This happened in block 2 (examples 4 to 4) of {path}. Finished blocks stay: run the same again to go on "
-        "from here."
+        f"This happened in block 2 (examples 4 to 4) of {path}. Finished blocks stay: run the same command again to go "
+        "on from here."
     ]
     assert AttributionStore.open(path, finish=True).missing_blocks() == [2]
 

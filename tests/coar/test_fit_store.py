@@ -123,7 +123,7 @@ def test_overwrite_never_deletes_what_is_no_attribution_store(
     else:
         write_campaign(planted_keep, planted_keep[:, :2], path)
     before = _files(tmp_path)
-    with pytest.raises(stores.StoreUnreadableError, match=r"is no attributions store|is a file"):
+    with pytest.raises(stores.StoreUnreadableError, match=r"is no (attributions store|store of this)|is a file"):
         coar.fit(noisy, path, overwrite=True)
     assert _files(tmp_path) == before
 

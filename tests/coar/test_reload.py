@@ -67,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlp: nn.Module) -> I
 def test_the_engine_gives_the_campaigns_outputs_again(folder: Path, untouched: Any) -> None:
     attributions = coar.open_attributions(folder / "attributions.zarr")
     with untouched():
-        engine, examples = reload_engine(attributions)
+        engine, examples = reload_engine(attributions, run_code=True)
     campaign = stores.CampaignStore.open(folder / "campaign.zarr")
     assert engine.index == attributions.index
     assert (engine.output.name, engine.precision, engine.batch_size) == ("logit", "float32", 4)
@@ -82,7 +82,7 @@ def test_an_estimate_leads_back_as_well(folder: Path, untouched: Any) -> None:
     estimate = coar.estimate(folder / "spec.toml", passes=6, quality_rows=20, store=folder / "estimate.zarr")
     attributions = coar.open_attributions(folder / "estimate.zarr")
     with untouched():
-        engine, examples = reload_engine(attributions)
+        engine, examples = reload_engine(attributions, run_code=True)
     assert engine.ablation.describe() == attributions.header["identity"]["of"]["ablation"] != "zero"
     weights = coar.estimate(folder / "spec.toml", passes=6, quality_rows=0).weights[:]
     found = coar.Gradient(passes=6, ablate_fraction=0.3).estimate(engine, examples, 0, 0)
@@ -93,7 +93,7 @@ def test_an_estimate_leads_back_as_well(folder: Path, untouched: Any) -> None:
 
 def test_the_campaign_store_is_not_needed(folder: Path) -> None:
     shutil.rmtree(folder / "campaign.zarr")
-    _, examples = reload_engine(coar.open_attributions(folder / "attributions.zarr"))
+    _, examples = reload_engine(coar.open_attributions(folder / "attributions.zarr"), run_code=True)
     assert len(examples) == 7
 
 
@@ -102,7 +102,7 @@ def test_changed_weights_are_refused(folder: Path) -> None:
     stored = coar.open_attributions(folder / "attributions.zarr").header["identity"]["of"]["model"]
     save_file(weights, folder / "net.safetensors")
     with pytest.raises(stores.StoreMismatchError) as refused:
-        reload_engine(coar.open_attributions(folder / "attributions.zarr"))
+        reload_engine(coar.open_attributions(folder / "attributions.zarr"), run_code=True)
     (difference,) = refused.value.differences
     assert (difference.key, difference.stored) == ("model", stored)
     assert str(refused.value) == (
@@ -115,13 +115,13 @@ def test_changed_weights_are_refused(folder: Path) -> None:
 def test_changed_data_is_refused(folder: Path) -> None:
     np.savez(folder / "data.npz", inputs=np.zeros((7, 4)), targets=np.arange(7) % 3)
     with pytest.raises(stores.StoreMismatchError, match=r"data: \w{64} -> \w{64}\nThe checkpoint or data file has"):
-        reload_engine(coar.open_attributions(folder / "attributions.zarr"))
+        reload_engine(coar.open_attributions(folder / "attributions.zarr"), run_code=True)
 
 
 def test_lost_data_is_named(folder: Path) -> None:
     (folder / "data.npz").unlink()
     with pytest.raises(ablate.LoadError, match=r"No file at .*data\.npz"):
-        reload_engine(coar.open_attributions(folder / "attributions.zarr"))
+        reload_engine(coar.open_attributions(folder / "attributions.zarr"), run_code=True)
 
 
 def test_python_objects_cannot_be_loaded_again(tiny_fit: coar.Attributions) -> None:
@@ -130,4 +130,16 @@ def test_python_objects_cannot_be_loaded_again(tiny_fit: coar.Attributions) -> N
     assert str(refused.value) == (
         f"{tiny_fit.store.where} was made from Python objects, which a store cannot load again. Use the Python "
         "functions (coar.evaluate, Edit.apply) with your model and data, or start from a spec file."
+    )
+
+
+def test_code_that_a_store_names_is_not_run_unasked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
+    attributions = coar.open_attributions(folder / "attributions.zarr")
+    with pytest.raises(coar.QueryError) as refused:
+        reload_engine(attributions)
+    assert str(refused.value) == (
+        f"{folder}/attributions.zarr names Python functions to import and call: reloaded_net:net. Nothing that a store "
+        "names is run unasked. If you know them and trust whoever wrote the store, allow it with --run-code "
+        "(run_code=True)."
     )

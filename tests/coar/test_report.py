@@ -49,7 +49,7 @@ def _require_self_contained(page: str) -> None:
 
 
 def _report(path: Path, attributions: coar.Attributions, *more: Section) -> str:
-    sections = [quality_section(attributions), *more, provenance_section(attributions.header)]
+    sections = [quality_section(attributions), *more, provenance_section(attributions)]
     assert write_report(path, "Title", "Lead", sections) == path
     return path.read_text(encoding="utf-8")
 
@@ -130,7 +130,7 @@ def test_an_estimate_can_be_reported(tiny_net: nn.Module, tiny_examples: ablate.
         "residual_sd",
         "passes",
     ]
-    tables = provenance_section(found.header).tables
+    tables = provenance_section(found).tables
     assert tables["Method"].set_index("key")["value"].to_dict() == {
         "method": "gradient",
         "passes": "6",
@@ -185,7 +185,7 @@ def test_an_edit_by_hand_predicts_nothing(tiny_fit: coar.Attributions) -> None:
 
 
 def test_provenance_names_every_source(tiny_fit: coar.Attributions) -> None:
-    tables = provenance_section(tiny_fit.header, {"fit": 1.25}).tables
+    tables = provenance_section(tiny_fit, {"fit": 1.25}).tables
     of = tiny_fit.header["identity"]["of"]
     hashes = tables["Hashes (sha256)"].set_index("key")["value"].to_dict()
     assert hashes == {name: of[name] for name in ("model", "data", "index")}
