@@ -208,7 +208,7 @@ class Blocks:
     ) -> None:
         """Raises StoreError where the object is ours but its numbers are not."""
         for name, data in encoded.items():
-            same = _digest({name: stored[name]}) == _digest({name: written[name]})
+            same = np.array_equal(_bits(stored[name]), _bits(written[name]))
             if not same and objects.read(self.store, self._file(name, block)) == data:
                 raise StoreError(f"{self.where}: storage gave back other bytes than were written for block {block}.")
 
@@ -331,6 +331,11 @@ def as_slice(positions: npt.NDArray[np.intp]) -> slice | npt.NDArray[np.intp]:
     if len(positions) and np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
         return slice(int(positions[0]), int(positions[0]) + len(positions))
     return positions
+
+
+def _bits(values: Array) -> npt.NDArray[np.uint8]:
+    """Returns the bytes of an array: NaN is equal to itself, and 0 is not -0."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 def _digest(values: Mapping[str, Array]) -> bytes:

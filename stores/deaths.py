@@ -20,12 +20,12 @@ def record_death(blocks: Blocks, host: str, pid: int, why: str, most_failures: i
     log = WorkLog(blocks.store)
     dead = _records(log, host, pid)
     failures = []
-    for block, lease in sorted(log.leases().items()):
-        if lease.worker in {record.id for record in dead} and not blocks.is_finished(block):
-            before = log.failure(block)
+    for record in sorted(dead, key=lambda record: record.at):
+        if 0 <= record.at < blocks.count and not blocks.is_finished(record.at):
+            before = log.failure(record.at)
             tries = 1 + (len(before.attempts) if before else 0)
-            attempt = Attempt(why, KIND, lease.worker, utc_now())
-            failures.append(log.add_failure(block, attempt, set_aside=tries >= most_failures))
+            attempt = Attempt(why, KIND, record.id, utc_now())
+            failures.append(log.add_failure(record.at, attempt, set_aside=tries >= most_failures))
     _say_stopped(blocks, dead)
     return failures
 

@@ -86,6 +86,7 @@ class WorkerRecord:
     bytes: int = 0
     seconds: float = 0.0  # spent on blocks
     lease_seconds: float = LEASE_SECONDS
+    at: int = -1  # the block that it was at last, also when another has taken that over since
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> WorkerRecord | None:
@@ -101,7 +102,7 @@ class WorkerRecord:
         """Returns whether all values are of their types, and the lease ends some day: anybody may have written them."""
         process = self.process
         texts = (self.id, self.began, self.seen, self.state, process.host, process.machine, process.born)
-        counts = (process.pid, self.beat, self.blocks, self.rows, self.bytes)
+        counts = (process.pid, self.beat, self.blocks, self.rows, self.bytes, self.at)
         named = all(isinstance(text, str) for text in texts) and all(type(count) is int for count in counts)
         timed = all(type(seconds) in (int, float) for seconds in (self.seconds, self.lease_seconds))
         return named and timed and isinstance(self.facts, dict) and 0 < self.lease_seconds <= LONGEST_LEASE
@@ -270,13 +271,14 @@ class Worker:
         mine = objects.to_json(asdict(Lease(block, self.id, utc_now())))
         objects.create(self.log.store, key, mine)
         holder = self._holder(key)
+        if holder != self.id and self._is_stale(holder):
+            objects.delete(self.log.store, key)
+            objects.create(self.log.store, key, mine)  # two may see it stale at once: one wins, or both work in vain
+            holder = self._holder(key)
         if holder == self.id:
-            return True
-        if not self._is_stale(holder):
-            return False
-        objects.delete(self.log.store, key)
-        objects.create(self.log.store, key, mine)  # two may see it stale at once: one wins, or both work for nothing
-        return self._holder(key) == self.id
+            self.record.at = block
+            self._try_to_write()  # before the work: if it kills this worker, it is known at what
+        return holder == self.id
 
     def release(self, block: int) -> None:
         """Gives a lease back, if it is still this worker's."""
