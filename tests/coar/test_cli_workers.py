@@ -150,6 +150,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_processes_store_what_one_stores(run: Run, project: Project, undisturbed: Project) -> None:
     code, out, err = run("ablate", "spec.toml", "--devices", "cpu,cpu")
@@ -170,6 +171,7 @@ def test_one_process_beside_others_by_hand(undisturbed: Project, project: Projec
     assert (worker.blocks, worker.facts["device"]) == (8, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_another_campaigns_store_is_refused_once(run: Run, project: Project) -> None:
     project.coar("ablate", "spec.toml", "--quiet")
@@ -185,6 +187,7 @@ def test_another_campaigns_store_is_refused_once(run: Run, project: Project) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_blocks_that_failed_are_tried_anew_by_the_same_command_only(project: Project) -> None:
     """A value that is no number comes out the same each time: its block is set aside at once, the others go on."""
@@ -217,6 +220,7 @@ def test_a_store_in_memory_beside_several_workers(run: Run, project: Project) ->
     assert "store: memory://a is seen by one process only. Name a path or a URL." in err
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_printed_file_for_slurm_runs_as_a_task_does(run: Run, project: Project, undisturbed: Project) -> None:
     slurm = "partition=gpu,time=1:00:00"
@@ -252,6 +256,7 @@ def test_where_the_file_for_slurm_goes(run: Run, project: Project) -> None:
     assert (project.folder / "bucket-my-runs-a.slurm" / "job.sbatch").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_what_an_actor_runs(project: Project, undisturbed: Project, tmp_path: Path, capfd: Any) -> None:
     """In another folder, without the spec: both travel with it. Its words are not printed, its error is returned."""

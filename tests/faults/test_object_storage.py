@@ -30,7 +30,13 @@ from tests.faults.s3 import KEY, SECRET, TOKEN, Contents, Files, SmallSpec, asse
 
 environment, moto, proxy, bucket = s3.environment, s3.moto, s3.proxy, s3.bucket  # fixtures
 contents, short, url = s3.contents, s3.short, s3.url
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120), pytest.mark.usefixtures("environment"), s3.needs_server]
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.slow,
+    pytest.mark.timeout(120),
+    pytest.mark.usefixtures("environment"),
+    s3.needs_server,
+]
 
 VICTIM = Path(__file__).with_name("victim.py")
 

@@ -198,6 +198,7 @@ def _questions(store: Store, outputs: Outputs, keep: Keep, honest: bool) -> list
     ]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=200, derandomize=True, deadline=timedelta(seconds=20), suppress_health_check=[HealthCheck.too_slow]
 )
