@@ -150,7 +150,7 @@ def test_a_read_only_folder_is_read_and_named_when_written(
     unfinish(tmp_path / "campaign.zarr", [2])
     with pytest.raises(OSError, match="Read-only file system") as raised:
         ablate.run(small_spec(), path, progress=False)
-    assert str(raised.value.filename).startswith(f"{path}/work/")
+    assert Path(raised.value.filename).is_relative_to(path / "work")
     with pytest.raises(OSError, match="Read-only file system") as raised:
         ablate.run(small_spec(), read_only / "new.zarr", progress=False)
     assert str(raised.value.filename).startswith(str(read_only))
