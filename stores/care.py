@@ -17,6 +17,7 @@ from zarr.storage import LocalStore
 from stores import objects
 from stores.attributions import KIND as ATTRIBUTIONS
 from stores.attributions import AttributionStore
+from stores.blocks import DIGEST_BYTES
 from stores.campaign import KIND as CAMPAIGN
 from stores.campaign import CampaignStore
 from stores.copies import FOLDER as COPIES
@@ -27,7 +28,6 @@ from stores.metadata import ROOT, OtherKindError, read_root
 from stores.reading import stored_size
 from stores.schema import Location, open_group, read_column
 
-MARK_BYTES = 32
 BLOCK, METADATA, TABLE, COPY = "block", "metadata", "table", "copy"
 TABLES = ("examples", "components")
 
@@ -193,7 +193,7 @@ class _Inspection:
         found = []
         for block in range(self.blocks.count):
             mark = objects.read(self.store, self.blocks._mark_file(block))
-            if mark is not None and (len(mark) != MARK_BYTES or any(mark)):
+            if mark is not None and (len(mark) != DIGEST_BYTES or any(mark)):
                 found.append(block)
         return found
 
@@ -212,8 +212,8 @@ class _Inspection:
         """Yields what is wrong with a damaged block, and the keys of the files."""
         mark = self.blocks._mark_file(block)
         length = stored_size(self.store, mark)
-        if length != MARK_BYTES:
-            yield f"the mark has {length} bytes, expected {MARK_BYTES}", [mark]
+        if length != DIGEST_BYTES:
+            yield f"the mark has {length} bytes, expected {DIGEST_BYTES}", [mark]
             return
         files = {name: self.blocks._file(name, block) for name in self.blocks.arrays}
         wrong = [(self._wrong_with(name, block), key) for name, key in files.items()]
