@@ -126,10 +126,11 @@ class RayWorker:
         self._actor: Any = None
         self._answer: Any = None
         self._process: tuple[str, int] | None = None
+        self._stopped = False
 
     def start(self) -> None:
         """Asks for an actor; it begins to work when there is room for it on the cluster."""
-        self._process = None
+        self._process, self._stopped = None, False
         self._actor = self._class.remote()
         self._answer = self._actor.process.remote()
 
@@ -148,6 +149,8 @@ class RayWorker:
             return End(FAILED, f"{type(error).__name__}: {error}")
         if self._process is None:
             self._process = found
+            if self._stopped:
+                return End()
             self._answer = self._actor.work.remote(self._task, self._number, self._count)
             return None
         return End(*found)
@@ -157,14 +160,15 @@ class RayWorker:
         return self._process
 
     def stop(self) -> None:
-        """Ends the actor: what it was computing is lost, and nothing else."""
-        if self._actor is not None:
+        """Ends the actor: what it was computing is lost, and nothing else. `poll` says when it is gone."""
+        if self._actor is not None and not self._stopped:
             self._ray.kill(self._actor, no_restart=True)
-            self._actor = self._answer = None
+            self._stopped = True
 
     def kill(self) -> None:
         """Ends the actor if there is one."""
         self.stop()
+        self._actor = self._answer = None
 
 
 def _import_ray() -> Any:

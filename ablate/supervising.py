@@ -137,6 +137,7 @@ class _Supervisor:
         finally:
             if self.bar is not None:
                 self.bar.close()
+            self._open()  # it may be younger than the last look
             _end(working, self.blocks)
         self._settle()
 

@@ -28,6 +28,12 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60
 settings.register_profile("nightly", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """No test depends on the random numbers that the tests before it drew."""
+    torch.manual_seed(0)
+
+
 Randomise = Callable[[nn.Module, int], nn.Module]
 Untouched = Callable[..., AbstractContextManager[None]]
 

@@ -210,6 +210,20 @@ def test_all_fail(store: CampaignStore) -> None:
     )
 
 
+def test_an_interrupt_before_the_first_look_at_the_store_is_written_down(store: CampaignStore) -> None:
+    class Process(Script):
+        def process(self) -> tuple[str, int] | None:
+            return "here", 101
+
+    def work() -> End | None:
+        at_block(store, 1, 101)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        supervise([Process("worker 0/1", work)], view(store), progress=False)
+    assert [record.state for record in WorkLog(store.blocks.store).workers()] == ["stopped"]
+
+
 @pytest.mark.parametrize("finished", [(), (0, 1, 2, 3)])
 def test_all_are_refused_alike(store: CampaignStore, finished: tuple[int, ...]) -> None:
     finish(store, *finished)
