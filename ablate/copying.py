@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ablate.errors import DataError, GatingError
 
@@ -30,6 +31,27 @@ def copy_of(model: nn.Module) -> nn.Module:
             f"This {type(model).__name__} cannot be copied, and the engine works on a copy: {error}. If it keeps "
             "activations as attributes, delete them, or run it under torch.no_grad()."
         ) from error
+
+
+def copy_with(model: nn.Module, weights: Mapping[str, Tensor], share: bool = True) -> nn.Module:
+    """Returns a copy of a model with other values in some parameters, given by name. The model given is unchanged.
+
+    Args:
+      model: The model.
+      weights: The new values; the copy owns them.
+      share: Parameters that are not named share their memory with the model's; buffers never do, because training mode
+        changes them. False: nothing is shared.
+    """
+    memo: dict[int, object] = {}
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            value = weights[name].detach()
+        elif share and type(parameter) is nn.Parameter:
+            value = parameter.detach()
+        else:
+            continue
+        memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,8 +1,8 @@
-"""The only module that changes a user's live model: literal ablation of a selection, with exact restore."""
+"""The only module that changes a user's live model: literal ablation and replaced weights, with exact restore."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -55,7 +55,7 @@ def attenuate(model: nn.Module, selection: Selection, factor: float) -> list[tup
     parameters = dict(model.named_parameters())
     try:
         with torch.no_grad():
-            for name, axis, units in _positions(selection, parameters):
+            for name, axis, units in touched_slices(selection, parameters):
                 parameter = parameters[name]
                 positions = torch.tensor(units, device=parameter.device)
                 original = parameter.index_select(axis, positions)
@@ -68,6 +68,26 @@ def attenuate(model: nn.Module, selection: Selection, factor: float) -> list[tup
     return saved
 
 
+@contextmanager
+def replaced(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Writes values into a model's parameters, by name, for the time of a `with` block; exact restore, also on error.
+
+    In place: optimizers, tied weights and views of them see the values, too.
+    """
+    parameters = dict(model.named_parameters())
+    saved: list[tuple[str, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for name, value in weights.items():
+                saved.append((name, parameters[name].detach().clone()))
+                parameters[name].copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, original in reversed(saved):
+                parameters[name].copy_(original)
+
+
 def _put_back(parameters: dict[str, nn.Parameter], saved: list[tuple[str, int, Tensor, Tensor]]) -> None:
     """Undoes `attenuate`, last change first: two parameters may be views of the same memory."""
     with torch.no_grad():
@@ -75,8 +95,11 @@ def _put_back(parameters: dict[str, nn.Parameter], saved: list[tuple[str, int, T
             parameters[name].index_copy_(axis, positions, original)
 
 
-def _positions(selection: Selection, parameters: Mapping[str, Tensor]) -> list[tuple[str, int, list[int]]]:
-    """Returns per touched parameter the positions along its axis that the selection covers."""
+def touched_slices(selection: Selection, parameters: Container[str]) -> list[tuple[str, int, list[int]]]:
+    """Returns, per port, the parameter that a selection touches, the axis, and the positions along it.
+
+    A bias that belongs to a component (a residual branch's) is listed if it is one of the `parameters`.
+    """
     found = []
     first = 0
     members = iter([*selection.ids, len(selection.index)])

@@ -17,7 +17,7 @@ from coar.editing.coar_edit import coar_scores as coar_scores
 from coar.editing.coar_edit import rank_components as rank_components
 from coar.editing.coar_edit import sweep_edit_size as sweep_edit_size
 from coar.editing.edit import Edit as Edit
-from coar.editing.edit import load_edit as load_edit
+from coar.editing.files import load_edit as load_edit
 from coar.errors import CoarError as CoarError
 from coar.errors import EditError as EditError
 from coar.errors import EditMismatchError as EditMismatchError

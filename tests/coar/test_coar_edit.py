@@ -114,7 +114,7 @@ def test_the_edit_and_its_predictions(attributions: coar.Attributions) -> None:
     edit = coar.coar_edit(attributions, target=[0, 1], reference=[2, 3, 4], k=3)
     assert edit.selection.ids == (1, 2, 6)
     assert edit.selection.index == attributions.index
-    assert (edit.operation, edit.alpha, edit.method) == ("ablate", 1.0, "COAR-Edit")
+    assert (edit.operation.name, edit.alpha, edit.method) == ("ablate", 1.0, "COAR-Edit")
     assert edit.base == attributions.header["identity"]["of"]["model"]
     details = dict(edit.details)
     assert details.pop("scores") == coar.rank_components(attributions, [0, 1], [2, 3, 4]).scores[:3].tolist()

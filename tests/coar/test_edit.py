@@ -75,11 +75,23 @@ def test_apply_equals_the_reference(
     assert torch.equal(logits.gather(1, labels[:, None])[:, 0], expected[0])
 
 
-def test_the_new_model_shares_nothing_with_the_old(conv_net: nn.Module, edit: coar.Edit) -> None:
+def _shared(model: nn.Module, edited: nn.Module) -> list[str]:
+    old = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    new = [*edited.named_parameters(), *edited.named_buffers()]
+    return [name for name, tensor in new if tensor.data_ptr() in old and tensor.numel()]
+
+
+def test_the_new_model_shares_what_is_not_edited(conv_net: nn.Module, edit: coar.Edit) -> None:
+    names = [name for name, _ in conv_net.named_parameters()]
+    assert _shared(conv_net, edit.apply(conv_net)) == [n for n in names if n not in ("conv1.weight", "conv2.weight")]
+    assert _shared(conv_net, edit.at(0).apply(conv_net)) == names
+    own, others = set(map(id, conv_net.parameters())), set(map(id, edit.apply(conv_net).parameters()))
+    assert not own & others, "gradients and requires_grad are the copy's own"
+
+
+def test_the_new_model_shares_nothing_if_asked(conv_net: nn.Module, edit: coar.Edit) -> None:
     for strength in (1.0, 0.0):
-        edited = edit.at(strength).apply(conv_net)
-        old = {tensor.data_ptr() for tensor in (*conv_net.parameters(), *conv_net.buffers())}
-        assert not old & {tensor.data_ptr() for tensor in (*edited.parameters(), *edited.buffers())}
+        assert _shared(conv_net, edit.at(strength).apply(conv_net, share=False)) == []
 
 
 def test_mode_and_requires_grad_are_kept(conv_net: nn.Module, edit: coar.Edit, untouched: Any) -> None:
@@ -234,8 +246,11 @@ def test_an_edit_of_nothing(index: ComponentIndex) -> None:
 
 def test_an_unknown_operation(index: ComponentIndex) -> None:
     with pytest.raises(coar.EditError) as refused:
-        coar.Edit(index.select([0]), operation="lowrank")
-    assert str(refused.value) == "operation is 'lowrank', expected one of ablate."
+        coar.Edit(index.select([0]), operation="lowrank")  # type: ignore[arg-type]
+    assert str(refused.value) == (
+        "operation is 'lowrank', expected one of coar.editing.operations: Ablate(), Scale(factor), LowRank(...), "
+        "Delta(...)."
+    )
 
 
 def test_describe_and_repr(edit: coar.Edit) -> None:
@@ -273,12 +288,26 @@ def _rewrite(path: Path, change: Callable[[dict[str, Any]], None], ids: Any = ID
 def test_an_edit_of_another_format_version(edit: coar.Edit, tmp_path: Path) -> None:
     path = tmp_path / "fix.safetensors"
     edit.save(path)
-    _rewrite(path, lambda header: header.update(format_version=2))
+    _rewrite(path, lambda header: header.update(format_version=3))
     with pytest.raises(coar.EditError) as refused:
         coar.load_edit(path)
     assert str(refused.value) == (
-        f"{path} has format 'component-edit' version 2, this version of the toolkit reads 'component-edit' version 1."
+        f"{path} has format 'component-edit' version 3, this version of the toolkit reads 'component-edit' versions "
+        "1 and 2."
     )
+
+
+def test_an_edit_of_the_first_format_version(conv_net: nn.Module, edit: coar.Edit, tmp_path: Path) -> None:
+    path = tmp_path / "fix.safetensors"
+    edit.save(path)
+
+    def first(header: dict[str, Any]) -> None:
+        header["format_version"] = 1
+        for name in ("settings", "norms", "extrapolates"):
+            del header[name]
+
+    _rewrite(path, first)
+    assert coar.load_edit(path) == edit
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,15 @@ def test_a_changed_edit_is_refused_or_is_data(tmp_path: Path, edit: Path) -> Non
             save_file({"component_ids": ids}, bad, {"edit": json.dumps({**header, key: value})})
             found = _load(bad)
             if found is not None:
-                assert key in ("base", "method", "details", "alpha", "index_hash") or value is True  # which is 1
+                allowed = {"method": "x", "settings": {}, "details": {}, "norms": {}}
+                if key == "base":
+                    assert value in (None, "x", "../../x")
+                elif key == "method":
+                    assert isinstance(value, str)
+                elif key == "extrapolates":
+                    assert value is True
+                else:
+                    assert value == allowed[key]
                 assert found.selection.ids == (1, 3)
     for ids in (np.array([1, 99]), np.array([-1]), np.array([[1]]), np.array([1.5]), np.zeros(0, dtype=np.int64)):
         save_file({"component_ids": ids}, bad, {"edit": json.dumps(header)})

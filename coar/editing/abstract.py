@@ -1,0 +1,163 @@
+"""What every editing method is: settings, and a way from a model, a selection and a request to an edit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ablate import ModelMismatchError, Selection, model_hash, preserved_random_state
+from ablate.copying import copy_of, device_of
+from coar.editing.edit import Edit
+from coar.editing.log import EditLog
+from coar.editing.operations import Operation
+from coar.editing.places import last_layer
+from coar.editing.request import Request
+from coar.editing.weights import covered
+from coar.errors import EditError, EditMismatchError
+
+LOGITS = "(examples, classes)"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method found.
+
+    Attributes:
+      operation: What to do with the weights.
+      selection: The components it does it to; None: those it was given.
+      details: What else is worth knowing, JSON-able.
+      alpha: The strength that the method chose.
+    """
+
+    operation: Operation
+    selection: Selection | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editor(ABC):
+    """One editing method with its settings; `edit` returns an Edit and changes nothing. A frozen dataclass.
+
+    Subclass it as `@dataclass(frozen=True, kw_only=True)`, set the class variables, implement `find`, and list it in
+    `coar/editing/registry.py`.
+
+    Attributes:
+      seed: Of everything that is drawn at random.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()  # fields of the request, beside inputs
+    quick: ClassVar[Mapping[str, Any]] = {}  # settings with which it takes about a second on a small model
+
+    seed: int = 0
+
+    @abstractmethod
+    def find(self, model: nn.Module, selection: Selection, request: Request, log: EditLog) -> Found:
+        """Returns what to do to the selected weights.
+
+        Args:
+          model: A copy of the model that the method may change: in eval mode, no parameter requires gradients.
+          selection: What it may edit.
+          request: Checked, on the model's device.
+          log: To note steps, losses, the reason for stopping.
+        """
+
+    def default_selection(self, model: nn.Module) -> Selection:
+        """Returns what is edited unless the user says otherwise: the last layer before the classes."""
+        return last_layer(model)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the method and its settings as JSON-able values."""
+        return {"method": self.name, **{name: _plain(value) for name, value in asdict(self).items()}}
+
+    def edit(
+        self, model: nn.Module, request: Request, selection: Selection | None = None, *, progress: bool = False
+    ) -> Edit:
+        """Returns the edit that this method makes. The model, the global random state and the request are unchanged.
+
+        The same seed gives the same edit. Memory: one copy of the model, beside what the method says.
+
+        Args:
+          model: In eval mode; float32 or float64 where it is edited.
+          request: What to achieve.
+          selection: The components that may change; None: see `default_selection`.
+          progress: Show progress on stderr.
+
+        Raises:
+          EditError: A request that misses something or does not fit the model, or a setting that cannot work here.
+          EditMismatchError: The selection's index does not describe the model.
+        """
+        if selection is None:
+            selection = self.default_selection(model)
+        self._check_model(model, selection)
+        request = request.checked(self.needs, self.title).to(device_of(model))
+        log = EditLog(progress)
+        with preserved_random_state(), torch.inference_mode(False), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            copy = copy_of(model).eval().requires_grad_(False)
+            self._check_outputs(copy, request)
+            found = self.find(copy, selection, request, log)
+        details = {**self.describe(), "log": log.summary(), **found.details}
+        chosen = selection if found.selection is None else found.selection
+        made = Edit(chosen, found.operation, 1.0, model_hash(model), self.title, details)
+        return replace(made.measured(model), alpha=found.alpha)
+
+    def _check_model(self, model: nn.Module, selection: Selection) -> None:
+        if model.training:
+            raise EditError(
+                f"This {type(model).__name__} is in training mode: dropout and batch norm would make the edit depend "
+                "on chance. Call model.eval() first."
+            )
+        if not len(selection):
+            raise EditError("The selection is empty: there is nothing to edit. Select at least one component.")
+        try:
+            selection.index.check(model)
+        except ModelMismatchError as error:
+            raise EditMismatchError(f"The selection belongs to another model. {error}") from error
+        parameters = dict(model.named_parameters())
+        for name, mask in covered(selection, model).items():
+            weight = parameters[name].detach()
+            if weight.dtype not in (torch.float32, torch.float64):
+                raise EditError(
+                    f"{name!r} is {str(weight.dtype).removeprefix('torch.')}: steps of an edit are lost in its "
+                    "rounding. Edit model.float(), and convert what comes out."
+                )
+            if not torch.isfinite(weight[mask]).all():
+                raise EditError(f"{name!r} holds NaN or infinite weights where the selection covers it.")
+
+    def _check_outputs(self, model: nn.Module, request: Request) -> None:
+        """Raises EditError unless the model returns finite logits for the inputs, with a class for each label."""
+        try:
+            with torch.no_grad():
+                logits = model(request.inputs)
+        except Exception as error:
+            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+            raise EditError(f"The model fails on inputs of shape {tuple(request.inputs.shape)}: {reason}.") from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(request.inputs):
+            found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise EditError(f"The model returns {found} for the inputs, expected logits {LOGITS}.")
+        if not torch.isfinite(logits).all():
+            bad = int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
+            raise EditError(f"The model's logits for input {bad} hold NaN or infinite values.")
+        classes = logits.shape[1]
+        if request.labels is not None and int(request.labels.max()) >= classes:
+            raise EditError(f"labels hold {int(request.labels.max())}, the model has classes 0 to {classes - 1}.")
+
+
+def _plain(value: Any) -> Any:
+    """Returns a setting as a JSON-able value."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return str(value)
