@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARALLEL := -n 2 --dist loadgroup  # two pytest processes; each test has one thread
 
 .PHONY: demo test quick lint types clean setup
 
@@ -17,10 +18,10 @@ demo: $(READY)            ## the main job on real handwritten digits: runs/demo/
 	$(BIN)/coar demo
 
 test: $(READY) lint types ## everything: lint, types, all tests
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 quick: $(READY)           ## the tests without the slow ones
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest $(PARALLEL) -m 'not slow'
 
 lint: $(READY)
 	$(BIN)/ruff check .

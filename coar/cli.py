@@ -19,6 +19,7 @@ import stores
 from coar import (
     cli_campaign,
     cli_care,
+    cli_edit,
     cli_estimate,
     cli_interchange,
     cli_layout,
@@ -87,7 +88,11 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "export": cli_interchange.export_attributions,
         "import": cli_interchange.import_files,
     },
-    "Edit and report": {"edit": cli_queries.edit, "report": cli_queries.report},
+    "Edit and report": {
+        "edit": cli_edit.edit,
+        "edit-info": cli_edit.edit_info,
+        "report": cli_queries.report,
+    },
 }
 for panel, commands in PANELS.items():
     for name, command in commands.items():

@@ -1,4 +1,4 @@
-"""Commands that ask and judge attributions, edit with them, and report."""
+"""Commands that ask and judge attributions, and report."""
 
 from __future__ import annotations
 
@@ -102,37 +102,6 @@ def compare(
     say(repr(found), found.summary())
     if found.differences:
         say("\n  ".join(["Estimated differently (A -> B):", *map(str, found.differences)]))
-
-
-def edit(
-    attributions: AttributionsPath,
-    out: Annotated[Path, typer.Option(help="Where to write the edit (.safetensors).")],
-    target_group: Annotated[
-        list[str] | None, typer.Option(help="Group whose output should change; repeatable.")
-    ] = None,
-    reference_group: Annotated[list[str] | None, typer.Option(help="Group that should stay; repeatable.")] = None,
-    target: Annotated[list[int] | None, typer.Option(help="Position of a target example; repeatable.")] = None,
-    reference: Annotated[list[int] | None, typer.Option(help="Position of a reference example; repeatable.")] = None,
-    ids_contain: Annotated[str, typer.Option(help="Of the groups take only examples whose id contains this.")] = "",
-    k: Annotated[int, typer.Option("-k", help="How many components to ablate.")] = 20,
-    direction: Annotated[str, typer.Option(help="raise or lower the target's output.")] = "raise",
-    as_json: Json = False,
-) -> None:
-    """Find the k components to ablate that change the target's output and spare the reference's (COAR-Edit)."""
-    opened = coar.open_attributions(attributions)
-    targets = [*(target or []), *(i for g in target_group or [] for i in opened.group(g, ids_contain))]
-    references = [*(reference or []), *(i for g in reference_group or [] for i in opened.group(g, ids_contain))]
-    found = coar.coar_edit(opened, targets, references, k, direction)  # type: ignore[arg-type]  # checked there
-    found.save(out)
-    details = found.details
-    if as_json:
-        print_json({"edit": str(out), "ids": list(found.selection.ids), "details": dict(details)})
-    else:
-        say(
-            f"{found!r} -> {out}. Predicted change of the mean output: "
-            f"target {details['predicted_change_target']:+.3f}, reference {details['predicted_change_reference']:+.3f}",
-            found.describe(),
-        )
 
 
 def report(

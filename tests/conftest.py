@@ -28,6 +28,21 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60
 settings.register_profile("nightly", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Tests that start several processes and wait for what these do: one such test at a time, whatever else runs beside it.
+PROCESSES = {
+    "test_kill.py", "test_kill_estimate.py", "test_workers.py", "test_cluster_ray.py", "test_slurm.py",
+    "test_cli_workers.py", "test_bench_faults.py", "test_bench_stores.py", "test_fit_while_running.py",
+    "test_full_disk.py", "test_memory.py", "test_fit_memory.py", "test_code_blocks.py",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts them into one group, which `--dist loadgroup` gives to one of several pytest processes."""
+    for item in items:
+        if item.path.name in PROCESSES:
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """No test depends on the random numbers that the tests before it drew."""

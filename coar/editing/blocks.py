@@ -70,7 +70,7 @@ def find_block(model: nn.Module, layer: str, around: str | None = None) -> Block
         if around not in _lineage(layer):
             raise EditError(f"around is {around!r}, which does not contain the layer {layer!r}.")
         return Block(layer, (around,))
-    residual = set(_residual_blocks(model).values())
+    residual = set(ResidualBlocks(Structure(model)).branches.values())
     nearest = next((name for name in _lineage(layer)[1:] if name in residual), None)
     if nearest is not None:
         return Block(layer, (nearest,))
@@ -85,23 +85,18 @@ def branch_ends(model: nn.Module) -> dict[str, str]:
 
     A branch that ends in a normalisation ends, here, with the layer before it: the one whose weights can be edited.
     """
+    blocks = ResidualBlocks(Structure(model))
     found = {}
-    for end, block in _residual_blocks(model).items():
-        if isinstance(model.get_submodule(end), (nn.Conv2d, nn.Linear)):
-            found[end] = block
-            continue
-        inside = [
-            name for name, _ in model.named_modules() if name == end or _is_layer(model, name) and _within(name, block)
-        ]
-        before = inside[: inside.index(end)]
+    for end, block in blocks.branches.items():
+        before = ""
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in blocks.shortcuts:
+                before = name
+            if name == end:
+                break
         if before:
-            found[before[-1]] = block
+            found[before] = block
     return found
-
-
-def residual_block(model: nn.Module, block: Block) -> str | None:
-    """Returns the name of the residual block that a block is, None if it is another."""
-    return block.modules[0] if block.modules[0] in set(_residual_blocks(model).values()) else None
 
 
 def capture(model: nn.Module, block: Block, inputs: Tensor, batch_size: int = 64) -> list[Captured]:
@@ -114,7 +109,7 @@ def capture(model: nn.Module, block: Block, inputs: Tensor, batch_size: int = 64
     """
     found = []
     with torch.no_grad():
-        for batch in inputs.split(batch_size):
+        for batch in torch.split(inputs, batch_size):
             found.append(_captured(model, block, batch))
             if len(found) == 1:
                 _check_again(model, block, found[0])
@@ -129,9 +124,10 @@ def run_block(model: nn.Module, block: Block, args: tuple[Any, ...], kwargs: Map
     modules = [model.get_submodule(name) for name in block.modules]
     if any(getattr(part, "inplace", False) for module in modules for part in module.modules()):
         args, kwargs = _copied((args, dict(kwargs)))
-    value: Any = modules[0](*args, **kwargs)
-    for module in modules[1:]:
-        value = module(value)
+    with _hooked():
+        value: Any = modules[0](*args, **kwargs)
+        for module in modules[1:]:
+            value = module(value)
     return _tensor_of(value, block)
 
 
@@ -173,13 +169,11 @@ def _until(
         taken.append(take(args, output))
         raise _Stop
 
-    handle = module.register_forward_hook(stop)
-    try:
-        model(inputs)
-    except _Stop:
-        return taken[0]
-    finally:
-        handle.remove()
+    with _hooked(module.register_forward_hook(stop)):
+        try:
+            model(inputs)
+        except _Stop:
+            return taken[0]
     raise _never_called(model, block, 0)
 
 
@@ -223,9 +217,13 @@ def _never_called(model: nn.Module, block: Block, count: int) -> EditError:
 
 @contextmanager
 def _hooked(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    """Removes hooks at the end; until then attention takes no short cut past the modules that they are on."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
 
@@ -241,11 +239,6 @@ def _tensor_of(output: Any, block: Block) -> Tensor:
     if not isinstance(first, Tensor):
         raise EditError(f"{block.modules[-1]!r} returns a {type(output).__name__}, expected a tensor.")
     return first
-
-
-def _residual_blocks(model: nn.Module) -> dict[str, str]:
-    """Returns last affine module of a residual branch -> its block."""
-    return ResidualBlocks(Structure(model)).branches
 
 
 def _followers(modules: Mapping[str, nn.Module], layer: str) -> tuple[str, ...]:
@@ -289,10 +282,6 @@ def _is_item(modules: Mapping[str, nn.Module], name: str) -> bool:
         for other, module in modules.items()
         if other != name and not isinstance(module, _LISTS)
     )
-
-
-def _is_layer(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name), (nn.Conv2d, nn.Linear))
 
 
 def _within(name: str, around: str) -> bool:

@@ -7,14 +7,14 @@ examples; ablate the k smallest to raise the target's output relative to the ref
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ablate import ComponentIndex, Engine, Examples, Margin
+from ablate import ComponentIndex, Engine, Examples, Margin, Selection
 from ablate.outputs import predictions_correct
 from coar.attributions import Attributions
 from coar.editing.edit import Edit
@@ -25,15 +25,22 @@ Direction = Literal["raise", "lower"]
 Floats = npt.NDArray[np.float64]
 
 
-def coar_scores(target: npt.ArrayLike, reference: npt.ArrayLike) -> Floats:
+def coar_scores(target: npt.ArrayLike, reference: npt.ArrayLike, ddof: int = 0) -> Floats:
     """Returns per component the t-statistic of target against reference attributions. Mutates nothing.
 
-    `(mean_T - mean_R) / sqrt(var_T / n_T + var_R / n_R)` with variances divided by n (ddof = 0), so that one target
-    example is enough. 0 where numerator and denominator are both 0; infinite where only the denominator is.
+    `(mean_T - mean_R) / sqrt(var_T / n_T + var_R / n_R)`. 0 where numerator and denominator are both 0; infinite where
+    only the denominator is.
 
     Args:
       target, reference: Attributions (examples, components), finite, at least one example each.
+      ddof: 0: variances divided by n, as in the published code, so that one target example is enough. 1: by n - 1,
+        Welch's statistic of the textbooks; needs two examples each.
+
+    Raises:
+      EditError: Another shape, values that are not finite, other components, or too few examples.
     """
+    if ddof not in (0, 1):
+        raise EditError(f"ddof is {ddof}, expected 0 (variances divided by n) or 1 (by n - 1).")
     t, r = np.asarray(target, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     for name, value in (("target", t), ("reference", r)):
         if value.ndim != 2 or not len(value):
@@ -43,10 +50,14 @@ def coar_scores(target: npt.ArrayLike, reference: npt.ArrayLike) -> Floats:
         if not np.isfinite(value).all():
             example, component = np.argwhere(~np.isfinite(value))[0]
             raise EditError(f"The attribution of {name} example {example}, component {component} is not finite.")
+        if len(value) <= ddof:
+            raise EditError(
+                f"The {name} set has 1 example, and a variance divided by n - 1 needs 2. Give more, or ddof=0."
+            )
     if t.shape[1] != r.shape[1]:
         raise EditError(f"Target has {t.shape[1]} components, reference {r.shape[1]}: they belong to different models.")
     difference = t.mean(axis=0) - r.mean(axis=0)
-    spread = np.sqrt(t.var(axis=0) / len(t) + r.var(axis=0) / len(r))
+    spread = np.sqrt(t.var(axis=0, ddof=ddof) / len(t) + r.var(axis=0, ddof=ddof) / len(r))
     with np.errstate(divide="ignore", invalid="ignore"):
         score = difference / spread
     return np.where((difference == 0) & (spread == 0), 0.0, score)
@@ -54,14 +65,16 @@ def coar_scores(target: npt.ArrayLike, reference: npt.ArrayLike) -> Floats:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All components in the order in which COAR-Edit ablates them.
+    """Components in the order in which COAR-Edit ablates them: all of an index, unless `within` chose some.
 
     Attributes:
+      index: The components' index.
       ids: Component ids, first to be ablated first; ties by id.
       scores: The statistic of each, in the same order.
       direction: `raise` or `lower`: what ablating does to the target's output, relative to the reference's.
       target_weights, reference_weights: Mean attribution of each, in the same order: what ablating takes away.
       base: Hash of the model's weights.
+      target, reference: Positions of the examples that were compared.
     """
 
     index: ComponentIndex
@@ -73,6 +86,32 @@ class Ranking:
     base: str
     target: tuple[int, ...]
     reference: tuple[int, ...]
+
+    def within(self, selection: Selection) -> Ranking:
+        """Returns this ranking of some components only: the others are never ablated.
+
+        Raises:
+          EditError: The selection is of another index.
+        """
+        if selection.index != self.index:
+            raise EditError(
+                f"The selection is of index {selection.index.hash[:12]} ({len(selection.index):,} components), the "
+                f"attributions of {self.index.hash[:12]} ({len(self.index):,}). Select with attributions.index."
+            )
+        chosen = np.array([component in selection for component in self.ids], dtype=np.bool_)
+        return replace(
+            self,
+            ids=tuple(component for component in self.ids if component in selection),
+            scores=self.scores[chosen],
+            target_weights=self.target_weights[chosen],
+            reference_weights=self.reference_weights[chosen],
+        )
+
+    def keep(self, k: int) -> npt.NDArray[np.bool_]:
+        """Returns the keep-vector (components,) in which the first k components are ablated; k = 0: none."""
+        keep = np.ones(len(self.index), dtype=np.bool_)
+        keep[list(self.ids[:k])] = False
+        return keep
 
     def edit(self, k: int) -> Edit:
         """Returns the edit that ablates the first k components."""
@@ -97,6 +136,7 @@ def rank_components(
     target: Sequence[int],
     reference: Sequence[int],
     direction: Direction = "raise",
+    ddof: int = 0,
 ) -> Ranking:
     """Returns the order in which COAR-Edit ablates the components. Mutates nothing.
 
@@ -105,6 +145,7 @@ def rank_components(
       target: Positions of the examples whose output should change.
       reference: Positions of the examples whose output should stay.
       direction: `raise` or `lower` the target's output.
+      ddof: As for `coar_scores`.
 
     Raises:
       EditError: An empty or repeated set, an example in both, or a direction that is neither.
@@ -127,18 +168,50 @@ def rank_components(
     both = sorted(set(target) & set(reference))
     if both:
         raise EditError(f"Examples {both[:5]} are in target and reference: each example can be in one only.")
-    t = attributions.weights[np.asarray(target)].astype(np.float64)
-    r = attributions.weights[np.asarray(reference)].astype(np.float64)
-    scores = coar_scores(t, r)
+    weights = (attributions.weights[np.asarray(positions)] for positions in (target, reference))
+    return rank_weights(
+        attributions.index,
+        *weights,
+        direction=direction,
+        base=attributions.header["identity"]["of"]["model"],
+        target=target,
+        reference=reference,
+        ddof=ddof,
+    )
+
+
+def rank_weights(
+    index: ComponentIndex,
+    target_weights: npt.ArrayLike,
+    reference_weights: npt.ArrayLike,
+    *,
+    direction: Direction,
+    base: str,
+    target: Sequence[int],
+    reference: Sequence[int],
+    ddof: int = 0,
+) -> Ranking:
+    """Returns the order in which COAR-Edit ablates the components, from attributions as arrays. Mutates nothing.
+
+    Args:
+      index: Of the components.
+      target_weights, reference_weights: (examples, components).
+      direction: `raise` or `lower` the target's output.
+      base: Hash of the model's weights.
+      target, reference: Positions of the examples, to be noted.
+      ddof: As for `coar_scores`.
+    """
+    t, r = np.asarray(target_weights, dtype=np.float64), np.asarray(reference_weights, dtype=np.float64)
+    scores = coar_scores(t, r, ddof)
     order = np.argsort(scores if direction == "raise" else -scores, kind="stable")
     return Ranking(
-        index=attributions.index,
+        index=index,
         ids=tuple(int(i) for i in order),
         scores=scores[order],
         direction=direction,
         target_weights=t.mean(axis=0)[order],
         reference_weights=r.mean(axis=0)[order],
-        base=attributions.header["identity"]["of"]["model"],
+        base=base,
         target=tuple(int(p) for p in target),
         reference=tuple(int(p) for p in reference),
     )
@@ -191,9 +264,9 @@ def sweep_edit_size(ranking: Ranking, engine: Engine, examples: Examples, sizes:
     for k in sizes:
         if not 0 <= k <= len(ranking.ids):
             raise EditError(f"k is {k}, expected 0 to {len(ranking.ids)}.")
-    keep = np.ones((len(sizes), len(ranking.ids)), dtype=np.bool_)
+    keep = np.ones((len(sizes), len(ranking.index)), dtype=np.bool_)
     for row, k in enumerate(sizes):
-        keep[row, list(ranking.ids[:k])] = False
+        keep[row] = ranking.keep(k)
     correct = predictions_correct(engine.outputs(keep, examples)).numpy()
     results = [group_accuracy(correct[row], examples.groups) for row in range(len(sizes))]
     return pd.DataFrame(

@@ -135,8 +135,8 @@ class Edit:
         parameters = dict(model.named_parameters())
         norms = {}
         for name, value in full.items():
-            before = parameters[name].detach().double()
-            norms[name] = (float(before.norm()), float((value.double() - before).norm()))
+            before = parameters[name].detach()
+            norms[name] = (_norm(before), _norm(value - before))
         return replace(self, norms=norms)
 
     def describe(self, model: nn.Module | None = None) -> pd.DataFrame:
@@ -205,6 +205,10 @@ class Edit:
                     f"{found[:12]}: its components mean something else. Give the original model; or, if that is what "
                     "you want (e.g. a second edit on top of a first), pass any_weights=True."
                 )
+
+
+def _norm(value: Tensor) -> float:
+    return float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
 
 def conflicts(first: Edit, second: Edit) -> list[str]:

@@ -230,7 +230,7 @@ class Delta(Operation):
         Raises:
           EditError: A value that is not finite.
         """
-        values = {name: after[name].detach()[mask.to(after[name].device)].cpu() for name, mask in where.items()}
+        values = {name: _within(after[name].detach(), mask) for name, mask in where.items()}
         moved = [name for name in whole if name not in where and not torch.equal(before[name], after[name])]
         values |= {name: after[name].detach().reshape(-1).cpu().clone() for name in moved}
         for name, value in values.items():
@@ -242,8 +242,10 @@ class Delta(Operation):
 
     def change(self, parameter: str, weight: Tensor, where: Tensor, alpha: float) -> Tensor:
         """Returns the parameter with covered weights at lerp(weight, end point, alpha): exact at 0 and 1."""
-        mask = torch.ones_like(where) if parameter in self.wholly else where
         values = self.values[parameter].to(weight)
+        if values.numel() == weight.numel() and (parameter in self.wholly or bool(where.all())):
+            return torch.lerp(weight.detach(), values.reshape(weight.shape), alpha)
+        mask = torch.ones_like(where) if parameter in self.wholly else where
         if values.numel() != int(mask.sum()):
             raise EditError(
                 f"The edit holds {values.numel():,} values for {parameter!r}, its selection covers {int(mask.sum()):,}."
@@ -273,6 +275,13 @@ class Delta(Operation):
     def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
         """Returns the operation with its end points."""
         return cls({name: tensors[f"values/{name}"] for name in settings["parameters"]}, tuple(settings["wholly"]))
+
+
+def _within(value: Tensor, where: Tensor) -> Tensor:
+    """Returns the values that are covered, one axis, on the CPU. All of them without a list of their positions."""
+    if where.all():
+        return value.reshape(-1).to("cpu", copy=True)
+    return value[where.to(value.device)].cpu()
 
 
 OPERATIONS: dict[str, type[Operation]] = {kind.name: kind for kind in (Ablate, Scale, LowRank, Delta)}

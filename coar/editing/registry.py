@@ -10,7 +10,18 @@ from ablate.errors import UnknownNameError
 from coar.editing.abstract import Editor
 from coar.errors import EditError
 
-_EDITORS: dict[str, str] = {}
+_EDITORS: dict[str, str] = {
+    "coar": "coar.editing.coar_editor.COAREditor",
+    "finetune": "coar.editing.finetune.FineTuning",
+    "output-collision": "coar.editing.output_collision.OutputCollision",
+    "1-li": "coar.editing.interpolation.OneLayerInterpolation",
+    "paint": "coar.editing.interpolation.Paint",
+    "lowrank": "coar.editing.lowrank.DirectLowRank",
+    "rewriting": "coar.editing.rewriting.Rewriting",
+    "hypernetwork-mask": "coar.editing.masks.editor.HypernetworkMask",
+    "mean-mask": "coar.editing.masks.editor.MeanMask",
+    "random-mask": "coar.editing.masks.controls.RandomMask",
+}
 
 
 def editor_names() -> tuple[str, ...]:

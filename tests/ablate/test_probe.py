@@ -592,4 +592,5 @@ def test_a_model_that_changes_its_inputs_is_refused(conv_net: nn.Module, images:
 @pytest.mark.parametrize("seed", [43, 54, 161])
 def test_dropout_that_does_the_same_twice_is_noticed_all_the_same(seed: int, inputs: Tensor, targets: Tensor) -> None:
     torch.manual_seed(seed)  # with these two runs drop the same of six logits
-    assert _message(REFUSED["dropout by a function"][0](), ablate.errors.GatingError, inputs, targets).startswith(RANDOM)
+    model = REFUSED["dropout by a function"][0]()
+    assert _message(model, ablate.errors.GatingError, inputs, targets).startswith(RANDOM)

@@ -74,7 +74,9 @@ def test_a_death_after_the_mark_is_no_failure(store: CampaignStore) -> None:
     assert states(store)[dead.id] == STOPPED
 
 
-@pytest.mark.parametrize(("host", "pid"), [("another", PID), (HOST, os.getpid())], ids=["another host", "another process"])
+@pytest.mark.parametrize(
+    ("host", "pid"), [("another", PID), (HOST, os.getpid())], ids=["another host", "another process"]
+)
 def test_another_process_is_not_meant(store: CampaignStore, host: str, pid: int) -> None:
     living = worker_of(store, PID)
     living.claim(0)

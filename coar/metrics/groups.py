@@ -1,4 +1,4 @@
-"""Metrics of models and edits: accuracy per group, the worst group, averages."""
+"""Accuracy per group of examples: the worst group, and averages."""
 
 from __future__ import annotations
 

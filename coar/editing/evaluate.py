@@ -1,0 +1,376 @@
+"""Judging edits: predictions before and after, on named sets of examples, kept so that any metric can be computed.
+
+Metrics of the predictions are in `coar.metrics`; nothing here changes a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ablate import Examples, model_hash, preserved_random_state
+from ablate.copying import device_of
+from ablate.progress import progress_bar
+from coar.editing.abstract import Editor
+from coar.editing.benchmark_sets import reject_duplicates
+from coar.editing.edit_predictions import LOCALITY, EditPredictions, KeptPredictions, compact
+from coar.editing.request import Request
+from coar.errors import EditError
+from coar.metrics.accuracy import Accuracy
+from coar.metrics.corrected import Outcomes, outcomes
+
+BATCH = 64
+
+Integers = npt.NDArray[np.integer[Any]]
+
+
+class Applicable(Protocol):
+    """What can be judged: an `Edit`, or anything else that edits a model for the time of a `with` block."""
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Gives the edited model; restores the given one at the end."""
+
+
+EditFunction = Callable[[nn.Module, Tensor, Tensor], Applicable]
+OnEdit = Callable[[str, str, Any], None]
+
+
+def predictions(model: nn.Module, examples: Examples, *, batch_size: int = BATCH) -> npt.NDArray[np.int64]:
+    """Returns the predicted class of each example, (examples,); of classes with equal logits the first.
+
+    The model and the global random state are unchanged.
+
+    Args:
+      model: In eval mode, all of it; returns logits (examples, classes).
+      examples: With one label each.
+      batch_size: Examples per forward pass. Another one may change logits by rounding.
+
+    Raises:
+      EditError: Training mode, inputs the model fails on, another shape of outputs, NaN or +inf among the logits, or
+        labels beyond the classes.
+    """
+    _require_eval(model)
+    if examples.per_token:
+        raise EditError("These examples have a target per token; predictions are one class per example.")
+    if batch_size < 1:
+        raise EditError(f"batch_size is {batch_size}, expected at least 1.")
+    device = device_of(model)
+    dtype = _dtype(model)
+    found = np.empty(len(examples), dtype=np.int64)
+    with preserved_random_state(), torch.no_grad():
+        for start, inputs, targets in examples.chunks(batch_size):
+            logits = _run(model, examples.prepared(inputs.to(device), dtype))
+            found[start : start + len(targets)] = _classes(logits, examples, start, targets)
+    return found
+
+
+def _require_eval(model: nn.Module) -> None:
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        where = f"Module {training!r} of this {type(model).__name__}" if training else f"This {type(model).__name__}"
+        raise EditError(
+            f"{where} is in training mode: dropout and batch norm would make predictions depend on chance. Call "
+            "model.eval() first."
+        )
+
+
+def _run(model: nn.Module, inputs: Tensor) -> Any:
+    try:
+        return model(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises on inputs it does not take
+        kind, reason = str(inputs.dtype).removeprefix("torch."), str(error).partition("\n")[0].rstrip(".")
+        raise EditError(
+            f"The model fails on inputs of shape {tuple(inputs.shape)} and type {kind}: {type(error).__name__}: "
+            f"{reason}. Give inputs as the model takes them."
+        ) from error
+
+
+def _classes(logits: Any, examples: Examples, start: int, targets: Tensor) -> npt.NDArray[np.int64]:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(targets):
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise EditError(
+            f"The model returns {got} for {len(targets)} examples, expected logits of shape (examples, classes)."
+        )
+    values = logits.detach().double().cpu().numpy()
+    bad = (np.isnan(values) | (values == np.inf)).any(axis=1)
+    if bad.any():
+        raise EditError(
+            f"The model's logits for example {examples.ids[start + int(bad.argmax())]!r} hold NaN or infinity, so "
+            "there is no prediction. An edit with too large steps does that; so do such inputs or weights."
+        )
+    if int(targets.max()) >= values.shape[1]:
+        raise EditError(
+            f"Example {examples.ids[start + int(targets.argmax())]!r} has label {int(targets.max())}, the model has "
+            f"classes 0 to {values.shape[1] - 1}."
+        )
+    classes: npt.NDArray[np.int64] = values.argmax(axis=1)
+    return classes
+
+
+@dataclass(frozen=True, eq=False)
+class SetReport:
+    """What an edit does on one set of examples.
+
+    Attributes:
+      before, after: Accuracy of the unedited and of the edited model.
+      fixed, broken: Examples that became right, and wrong.
+      agreeing: Examples predicted as before, rightly or wrongly.
+      kept: The predictions; `edited` has one row.
+      protocol: What was counted, in words.
+    """
+
+    before: Accuracy
+    after: Accuracy
+    fixed: int
+    broken: int
+    agreeing: int
+    kept: KeptPredictions
+    protocol: str
+
+    @property
+    def agreement(self) -> float:
+        """Share of examples predicted as before."""
+        return self.agreeing / len(self.kept)
+
+    def outcomes(self) -> Outcomes:
+        """Returns the shares corrected, unchanged and newly wrong."""
+        return outcomes(self.kept.base, self.kept.edited[0], self.kept.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class EditReport:
+    """What an edit does, on named sets of examples.
+
+    Attributes:
+      edit: The edit, in words.
+      sets: Per set.
+    """
+
+    edit: str
+    sets: Mapping[str, SetReport]
+
+    def __repr__(self) -> str:
+        changes = "; ".join(
+            f"{name} {100 * s.before.value:.1f} -> {100 * s.after.value:.1f} %" for name, s in self.sets.items()
+        )
+        return f"<EditReport: {changes}>"
+
+    @property
+    def base(self) -> dict[str, Integers]:
+        """The unedited model's predictions per set, to be given to the next `evaluate_edit`."""
+        return {name: report.kept.base for name, report in self.sets.items()}
+
+    def table(self) -> pd.DataFrame:
+        """Returns one row per set: set, before, after (accuracies), fixed, broken, agreement, counts, protocol."""
+        return pd.DataFrame(
+            {
+                "set": name,
+                "before": report.before.value,
+                "after": report.after.value,
+                "agreement": report.agreement,
+                "right_before": report.before.right,
+                "right_after": report.after.right,
+                "fixed": report.fixed,
+                "broken": report.broken,
+                "agreeing": report.agreeing,
+                "examples": len(report.kept),
+                "protocol": report.protocol,
+            }
+            for name, report in self.sets.items()
+        )
+
+
+def evaluate_edit(
+    model: nn.Module,
+    edit: Applicable,
+    sets: Mapping[str, Examples],
+    *,
+    batch_size: int = BATCH,
+    base: Mapping[str, Integers] | None = None,
+) -> EditReport:
+    """Returns accuracy before and after an edit on each set, with what it fixes and breaks. The model is unchanged.
+
+    Args:
+      model: The unedited model, in eval mode.
+      edit: What is judged.
+      sets: Examples by name, e.g. target, other classes, ordinary ones.
+      batch_size: Examples per forward pass.
+      base: Predictions of the unedited model by set, where they are known (of an earlier report: `EditReport.base`).
+
+    Cost: two passes over all sets; one where `base` is given.
+
+    Raises:
+      EditError: No sets, or what `predictions` raises.
+    """
+    if not sets:
+        raise EditError("There are no sets to judge the edit on. Give at least one, by name.")
+    before = _base(model, sets, batch_size, base)
+    with edit.applied(model) as edited:
+        after = {name: predictions(edited, examples, batch_size=batch_size) for name, examples in sets.items()}
+    return EditReport(repr(edit), {name: _report(sets[name], before[name], after[name]) for name in sets})
+
+
+def _base(
+    model: nn.Module, sets: Mapping[str, Examples], batch_size: int, known: Mapping[str, Integers] | None
+) -> dict[str, Integers]:
+    """Returns the unedited model's predictions per set, computed where they are not known."""
+    found: dict[str, Integers] = {}
+    for name, examples in sets.items():
+        given = None if known is None else known.get(name)
+        if given is not None and len(given) != len(examples):
+            raise EditError(f"base has {len(given)} predictions for set {name!r}, which has {len(examples)} examples.")
+        found[name] = predictions(model, examples, batch_size=batch_size) if given is None else given
+    return found
+
+
+def _report(examples: Examples, before: Integers, after: Integers) -> SetReport:
+    kept = KeptPredictions(examples.ids, examples.targets.numpy(), before, after[None])
+    was, now = kept.base == kept.labels, kept.edited[0] == kept.labels
+    fixed, broken = int((~was & now).sum()), int((was & ~now).sum())
+    agreeing = int((kept.base == kept.edited[0]).sum())
+    n = len(kept)
+    protocol = (
+        f"Of {n:,} examples {int(was.sum()):,} are predicted right by the unedited and {int(now.sum()):,} by the "
+        f"edited model: {fixed:,} fixed, {broken:,} broken; {agreeing:,} predictions are the same (agreement); "
+        "micro-average."
+    )
+    return SetReport(Accuracy(int(was.sum()), n), Accuracy(int(now.sum()), n), fixed, broken, agreeing, kept, protocol)
+
+
+def evaluate_single_edits(
+    model: nn.Module,
+    editor: Editor | EditFunction,
+    groups: Mapping[str, Examples],
+    locality: Examples | None = None,
+    *,
+    more: Mapping[str, Examples] | None = None,
+    method: str | None = None,
+    details: Mapping[str, Any] | None = None,
+    batch_size: int = BATCH,
+    progress: bool = False,
+    on_edit: OnEdit | None = None,
+) -> EditPredictions:
+    """Returns what every single-example edit predicts: one edit per example, each from the unedited model.
+
+    For each example of each group: make the edit, predict the whole group, the locality set and all further sets with
+    it, keep the predictions, forget the edit. The model and the global random state are unchanged.
+
+    Args:
+      model: The unedited model, in eval mode.
+      editor: A method, which gets the example and its label; or a function (model, inputs (1, ...) as the model takes
+        them, labels (1,), both on its device) that returns an edit and leaves the model as it is.
+      groups: Examples to edit, by group: usually failures of one kind, see `failure_groups`.
+      locality: Ordinary examples, whose predictions should stay; see `boundary_set`.
+      more: Further sets to predict after every edit.
+      method, details: Written into the result; by default the method's name and settings.
+      batch_size: Examples per forward pass.
+      progress: Show progress on stderr.
+      on_edit: Called with (group, id, edit) after each edit, e.g. to save it.
+
+    Cost: per edit the edit itself, one pass over its group and all sets, and one hash of the model; the unedited model
+    predicts everything once. Memory: 2 bytes per prediction; some 10 for a moment.
+
+    Raises:
+      EditError: No groups, one input in a group twice or in a group and among ordinary ones, an editor that changes the
+        model, or what `predictions` and the method raise, with the example named in a note.
+    """
+    sets = _all_sets(groups, locality, more)
+    name = getattr(editor, "__name__", type(editor).__name__)
+    if isinstance(editor, Editor):
+        name, details = editor.title, editor.describe() if details is None else details
+    base_hash = model_hash(model)
+    base = _base(model, groups, batch_size, None), _base(model, sets, batch_size, None)
+    found: dict[str, list[Integers]] = {group: [] for group in groups}
+    beside: dict[str, list[Integers]] = {key: [] for key in sets}
+    make = _as_function(editor)
+    total = sum(len(examples) for examples in groups.values())
+    with preserved_random_state(), progress_bar("editing", total, 0, "edit", progress) as bar:
+        for group, examples in groups.items():
+            judged = [(examples, found[group]), *((examples, beside[key]) for key, examples in sets.items())]
+            for i, example in enumerate(examples.ids):
+                try:
+                    edit = make(model, *_one(model, examples, i))
+                    _require_unchanged(model, base_hash)
+                    _predict_edited(model, edit, judged, batch_size)
+                except Exception as error:
+                    error.add_note(f"This was the edit for example {example!r} of group {group!r}.")
+                    raise
+                if on_edit is not None:
+                    on_edit(group, example, edit)
+                bar.update(1)
+    _require_unchanged(model, base_hash)
+    return EditPredictions(
+        {key: _kept(examples, base[0][key], found[key]) for key, examples in groups.items()},
+        {key: _kept(examples, base[1][key], beside[key]) for key, examples in sets.items()},
+        name if method is None else method,
+        base_hash,
+        dict(details or {}),
+    )
+
+
+def _predict_edited(
+    model: nn.Module, edit: Applicable, judged: list[tuple[Examples, list[Integers]]], batch_size: int
+) -> None:
+    """Appends to each list what the edited model predicts for the examples beside it."""
+    with edit.applied(model) as edited:
+        for examples, rows in judged:
+            rows.append(compact(predictions(edited, examples, batch_size=batch_size)))
+
+
+def _all_sets(
+    groups: Mapping[str, Examples], locality: Examples | None, more: Mapping[str, Examples] | None
+) -> dict[str, Examples]:
+    """Returns the sets that every edit predicts, after checking that nothing in them is also edited."""
+    if not groups:
+        raise EditError("There are no groups: nothing to edit. Give at least one group of examples.")
+    if more is not None and LOCALITY in more:
+        raise EditError(f"A set in `more` is called {LOCALITY!r}. Give it as locality=, or another name.")
+    sets = {} if locality is None else {LOCALITY: locality}
+    reject_duplicates(groups, sets)
+    return {**sets, **(more or {})}
+
+
+def _as_function(editor: Editor | EditFunction) -> EditFunction:
+    if not isinstance(editor, Editor):
+        return editor
+    method = editor
+
+    def edit_one(model: nn.Module, inputs: Tensor, labels: Tensor) -> Applicable:
+        return method.edit(model, Request(inputs, labels))
+
+    return edit_one
+
+
+def _one(model: nn.Module, examples: Examples, i: int) -> tuple[Tensor, Tensor]:
+    """Returns one example as an editor takes it, (1, ...) and (1,), on the model's device."""
+    device = device_of(model)
+    inputs = examples.prepared(examples.inputs(i, i + 1).to(device), _dtype(model))
+    return inputs, examples.targets[i : i + 1].to(device)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Returns what floating inputs are cast to: the type of the model's weights."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _require_unchanged(model: nn.Module, expected: str) -> None:
+    if model_hash(model) != expected:
+        raise EditError(
+            "The editor, or applying its edit, changed the model: the next edit would not start from the unedited "
+            "model. Let the editor work on a copy and return an Edit."
+        )
+    _require_eval(model)
+
+
+def _kept(examples: Examples, base: Integers, rows: list[Integers]) -> KeptPredictions:
+    return KeptPredictions(examples.ids, examples.targets.numpy(), base, np.stack(rows))

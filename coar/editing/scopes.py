@@ -1,0 +1,175 @@
+"""Which parameters a method trains: those of a selection, of one layer, or of one side of a layer in the network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ablate import ComponentIndex, Selection
+from ablate.structure import linear_axes
+from coar.editing.operations import Delta
+from coar.editing.weights import covered
+from coar.errors import EditError
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """What trains.
+
+    Attributes:
+      selection: The components among it.
+      trained: Parameter name -> the weights that may move, bool of its shape; None: all of it.
+      whole: Those of them that are no components: biases, normalisation, embeddings, what the index leaves out.
+    """
+
+    selection: Selection
+    trained: Mapping[str, Tensor | None]
+    whole: tuple[str, ...] = ()
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns a copy of the trained parameters as they are now."""
+        return {name: model.get_parameter(name).detach().clone() for name in self.trained}
+
+    def put(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Sets the trained parameters of a model to what `values` returned, bit for bit."""
+        with torch.no_grad():
+            for name, value in values.items():
+                model.get_parameter(name).copy_(value)
+
+    def operation(self, model: nn.Module, before: Mapping[str, Tensor]) -> Delta:
+        """Returns the operation that leads from the values `before` to those that the model has now."""
+        where = {name: torch.ones_like(before[name], dtype=torch.bool) for name in self.trained}
+        where |= {name: mask for name, mask in self.trained.items() if mask is not None}
+        where = {name: mask for name, mask in where.items() if name not in self.whole}
+        after = {name: model.get_parameter(name).detach() for name in self.trained}
+        return Delta.between(before, after, where, self.whole)
+
+    def weights(self, model: nn.Module) -> int:
+        """Returns how many numbers train."""
+        sizes = (model.get_parameter(n).numel() if m is None else int(m.sum()) for n, m in self.trained.items())
+        return sum(sizes)
+
+
+def selected(selection: Selection, model: nn.Module) -> Scope:
+    """Returns the weights of the selected components, and nothing else."""
+    return Scope(selection, dict(covered(selection, model)))
+
+
+def whole_layer(selection: Selection, model: nn.Module, method: str) -> Scope:
+    """Returns the weight of the one layer that a selection lies in; no bias.
+
+    Raises:
+      EditError: It lies in several weights.
+    """
+    names = list(covered(selection, model))
+    if len(names) != 1:
+        raise EditError(
+            f"{method} with scope 'local' trains the weight of one layer, the selection lies in {len(names)}: "
+            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. Select with index.where(module=...), or pass "
+            "scope='selection'."
+        )
+    return _all_of(names, selection.index, model)
+
+
+def from_layer_on(selection: Selection, model: nn.Module, inputs: Tensor) -> Scope:
+    """Returns every parameter that a forward pass uses from the first selected layer on, up to the logits.
+
+    Biases, normalisation and shortcuts that run after it are among them.
+    """
+    order = order_of_use(model, inputs)
+    first = min(_position(order, name) for name in covered(selection, model))
+    return _all_of(order[first:], selection.index, model)
+
+
+def weights_up_to_layer(selection: Selection, model: nn.Module, inputs: Tensor) -> Scope:
+    """Returns the weights of all layers that a forward pass uses up to the last selected one; no bias, no norm."""
+    order = order_of_use(model, inputs)
+    last = max(_position(order, name) for name in covered(selection, model))
+    names = [n for n in order[: last + 1] if "weight" in n.rpartition(".")[2] and model.get_parameter(n).ndim > 1]
+    return _all_of(names, selection.index, model)
+
+
+def all_but_head(selection: Selection, model: nn.Module, inputs: Tensor) -> tuple[Scope, str | None]:
+    """Returns every parameter that a forward pass uses but those of the layer that gives the logits, and its name.
+
+    The head is the module of the last weight that is used, if it has an output per class; else there is none.
+    """
+    order = order_of_use(model, inputs)
+    with torch.no_grad():
+        classes = model(inputs[:1]).shape[1]
+    weights = [name for name in order if model.get_parameter(name).ndim > 1]
+    owner = weights[-1].rpartition(".")[0] if weights else ""
+    axes = linear_axes(model.get_submodule(owner)) or (0, 1)
+    if not weights or model.get_parameter(weights[-1]).shape[axes[0]] != classes:
+        return _all_of(order, selection.index, model), None
+    return _all_of([n for n in order if n.rpartition(".")[0] != owner], selection.index, model), owner
+
+
+def order_of_use(model: nn.Module, inputs: Tensor) -> list[str]:
+    """Returns the names of the parameters that a forward pass uses, in the order of their first use. Mutates nothing.
+
+    Found by running the model on the first input, not from the order of its attributes: that may be another one.
+    """
+    with _Uses({id(parameter): name for name, parameter in model.named_parameters()}) as uses, torch.no_grad():
+        model(inputs[:1])
+    return list(uses.order)
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which parameters are arguments of calls that give tensors."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.order: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if next(_tensors(result), None) is not None:  # not for a look at the shape or dtype
+            for tensor in _tensors([args, kwargs]):
+                if id(tensor) in self.names:
+                    self.order.setdefault(self.names[id(tensor)])
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _position(order: list[str], name: str) -> int:
+    if name not in order:
+        raise EditError(f"A forward pass of the model does not use {name!r}: training cannot change its predictions.")
+    return order.index(name)
+
+
+def _all_of(names: Collection[str], index: ComponentIndex, model: nn.Module) -> Scope:
+    """Returns all of these parameters, as components where the index lists the whole of one."""
+    listed = covered(index.select(range(len(index))), model)
+    complete = {name for name in names if name in listed and bool(listed[name].all())}
+    bounds = pairwise([0, *_ends(index)])
+    chosen = [
+        i for port, (a, b) in zip(index.ports, bounds, strict=True) if port.parameter in complete for i in range(a, b)
+    ]
+    selection = index.select(chosen)
+    touched = covered(selection, model)
+    whole = tuple(name for name in names if not (name in touched and bool(touched[name].all())))
+    return Scope(selection, dict.fromkeys(names), whole)
+
+
+def _ends(index: ComponentIndex) -> Iterator[int]:
+    end = 0
+    for port in index.ports:
+        end += port.count
+        yield end
