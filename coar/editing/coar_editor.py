@@ -153,7 +153,8 @@ class COAREditor(Editor):
             }
         k = self.k if choice is None else choice.k
         if not k:
-            log.stop("noop", "No component is ablated: no size tried is better than the unedited model.")
+            already = "the targets are as they should be" if self.choose == "target" else "no size tried is better"
+            log.stop("noop", f"No component is ablated: {already}.")
             return Found(Ablate(), selection.index.select(ranking.ids[:1]), {"k": 0, **details}, alpha=0.0)
         log.stop("converged" if choice is not None else "max_steps", f"{k} components are ablated")
         edit = ranking.edit(k)

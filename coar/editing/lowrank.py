@@ -43,7 +43,7 @@ class DirectLowRank(Editor):
       rank: Columns of U and V.
       restarts: How many random starts; the one with the lowest loss is kept.
       init: `zero` starts with U = 0, the original model, and random V; `both` draws both, another model from the start.
-      target: `frozen`, values of the original model for the originals; `symmetric`, those of the edited model, which a
+      target: `original`, values of the original model for the originals; `symmetric`, those of the edited model, which a
           layer that forgets everything attains too.
       normalize: Whether the change of an even kernel, on its 2 x 2 central positions, is divided by 4.
       around: Name of the module whose output is the layer's value; None: found.
@@ -64,7 +64,7 @@ class DirectLowRank(Editor):
     rank: int = 1
     restarts: int = 10
     init: Literal["zero", "both"] = "zero"
-    target: Literal["frozen", "symmetric"] = "frozen"
+    target: Literal["original", "symmetric"] = "original"
     normalize: bool = False
     around: str | None = None
     batch_size: int = 64
@@ -76,7 +76,7 @@ class DirectLowRank(Editor):
 
     def _problems(self) -> list[str]:
         problems = []
-        for name, known in (("init", ("zero", "both")), ("target", ("frozen", "symmetric"))):
+        for name, known in (("init", ("zero", "both")), ("target", ("original", "symmetric"))):
             if getattr(self, name) not in known:
                 problems.append(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         low = [name for name in ("rank", "restarts", "batch_size") if getattr(self, name) < 1]
@@ -94,7 +94,7 @@ class DirectLowRank(Editor):
                 f"expected a rank of 1 to {largest}."
             )
         pairs = Pairs(model, place.block, request.inputs, originals, self.batch_size)
-        frozen = self.target == "frozen"
+        frozen = self.target == "original"
 
         def loss() -> Tensor:
             return mean_square(pairs.values(frozen))

@@ -18,7 +18,10 @@ from coar.editing.request import Request
 
 @dataclass(frozen=True, kw_only=True)
 class RandomMask(MaskedEditor):
-    """Control: tunes components drawn at random by the seed, as many as a learned mask of this density has."""
+    """Control: tunes components drawn at random by the seed, as many as a learned mask of this density has.
+
+    Cost: a forward and a backward pass over the inputs per step.
+    """
 
     name: ClassVar[str] = "random-mask"
     title: ClassVar[str] = "Random mask (control)"

@@ -29,6 +29,10 @@ class HypernetworkMask(MaskedEditor):
 
     Several inputs: their continuous masks are averaged, then made bits once; the cross-entropy is their mean.
 
+    Cost: two forward passes, one of the hypernetwork, and a forward and a backward pass over the inputs per step. Without
+    `hypernetwork` also its training, for every edit: `batch * free_steps * (inner_steps + 1)` forward and backward
+    passes per iteration.
+
     Attributes:
       threshold: Instead of a density (then None): tune the components whose value is above it.
       hypernetwork: File of a trained one. None: one is trained for every edit, on `request.reference`.
@@ -136,6 +140,8 @@ class MeanMask(HypernetworkMask):
     """Control: tunes the components that the hypernetwork names on average over the reference images.
 
     What it reaches as well as `HypernetworkMask` does not come from looking at the request.
+
+    Cost: that of `HypernetworkMask`, and a forward pass over the reference images.
 
     Attributes:
       images: Reference images in the mean, at most; drawn by the seed.

@@ -213,6 +213,12 @@ def test_no_size_is_better_than_the_unedited_model(four_units: nn.Module, tmp_pa
     assert (edit.alpha, edit.details["k"], edit.details["log"]["stop"]) == (0.0, 0, "noop")
     before, after = four_units.state_dict(), edit.apply(four_units).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert edit.details["log"]["why"] == "No component is ablated: no size tried is better."
+    right = _request(
+        inputs=ORDINARY[:2], labels=ORDINARY_LABELS[:2], reference=Examples(ORDINARY[2:], ORDINARY_LABELS[2:])
+    )
+    why = COAREditor(choose="target", passes=2).edit(four_units, right).details["log"]["why"]
+    assert why == "No component is ablated: the targets are as they should be."
     edit.save(tmp_path / "none.safetensors")
     assert coar.load_edit(tmp_path / "none.safetensors") == edit
 

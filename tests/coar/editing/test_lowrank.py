@@ -191,7 +191,7 @@ def test_seeds(randomise: Randomise) -> None:
 def test_a_target_that_moves_can_be_forgotten() -> None:
     """Frozen: 2 w = 1. Symmetric: 2 w = w, which only a layer that forgets everything gives."""
     model, request = _scalar()
-    for target, expected in (("frozen", 0.5), ("symmetric", 0.0)):
+    for target, expected in (("original", 0.5), ("symmetric", 0.0)):
         edit = _quick(target=target, rate=0.05, steps=300, restarts=1).edit(model, request)
         assert float(edit.changed_weights(model)["0.weight"]) == pytest.approx(expected, abs=1e-3)
         assert edit.details["log"]["loss_after"] < 1e-5
@@ -250,7 +250,7 @@ def test_what_cannot_work(randomise: Randomise) -> None:
         DirectLowRank(init="ones", target="other", rank=0, restarts=0)  # type: ignore[arg-type]
     assert str(settings.value) == (
         "These settings cannot work: init is 'ones', expected one of zero, both; target is 'other', expected one of "
-        "frozen, symmetric; rank is 0, expected at least 1; restarts is 0, expected at least 1."
+        "original, symmetric; rank is 0, expected at least 1; restarts is 0, expected at least 1."
     )
     model, request = randomise(_vgg(), 9).eval(), _request()
     with pytest.raises(EditError) as rank:
