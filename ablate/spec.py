@@ -207,6 +207,7 @@ class CampaignSpec:
             raise SpecError(str(file), [f"is no TOML: {error}"]) from error
         except ValueError as error:  # a path that no system knows
             raise SpecError(repr(str(file)), [f"cannot be read: {error}"]) from error
+        values.pop("edit", None)  # the same file may say how to edit the model: no part of the campaign
         return cls.from_dict(values, str(file))
 
     @classmethod

@@ -30,6 +30,8 @@ from coar.editing.files import load_edit as load_edit
 from coar.editing.registry import editor_names as editor_names
 from coar.editing.registry import get_editor as get_editor
 from coar.editing.request import Request as Request
+from coar.editing.where_to_edit import LayerSearch as LayerSearch
+from coar.editing.where_to_edit import search_layers as search_layers
 from coar.errors import CoarError as CoarError
 from coar.errors import EditError as EditError
 from coar.errors import EditMismatchError as EditMismatchError

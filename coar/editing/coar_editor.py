@@ -208,7 +208,7 @@ class COAREditor(Editor):
             ablate_fraction=self.ablate_fraction,
             seed=self.seed,
             precision=_precision(model),
-            progress=log._progress,
+            progress=log.shows_progress,
         )
         weights: npt.NDArray[np.float32] = found.weights[:]
         ranking = rank_weights(

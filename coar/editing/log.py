@@ -24,6 +24,11 @@ class EditLog:
         self._progress = progress
         self._began = time.perf_counter()
 
+    @property
+    def shows_progress(self) -> bool:
+        """Whether progress was asked for."""
+        return self._progress
+
     def step(self, loss: float) -> None:
         """Notes the loss that an update was made from.
 

@@ -43,8 +43,8 @@ class DirectLowRank(Editor):
       rank: Columns of U and V.
       restarts: How many random starts; the one with the lowest loss is kept.
       init: `zero` starts with U = 0, the original model, and random V; `both` draws both, another model from the start.
-      target: `original`, values of the original model for the originals; `symmetric`, those of the edited model, which a
-          layer that forgets everything attains too.
+      target: `original`, values of the original model for the originals; `symmetric`, those of the edited model, which
+          a layer that forgets everything attains too.
       normalize: Whether the change of an even kernel, on its 2 x 2 central positions, is divided by 4.
       around: Name of the module whose output is the layer's value; None: found.
       batch_size: Examples at a time.

@@ -382,3 +382,11 @@ def test_the_engine_runs_as_the_spec_says(mlp: nn.Module) -> None:
         assert store.header["identity"]["ablation"] == described
         engine = ablate.Engine(mlp, spec.make_index(mlp), ablation=spec.make_engine(mlp, spec.make_index(mlp)).ablation)
         assert torch.equal(torch.from_numpy(store.outputs[:]), engine.outputs(store.keep[:], *data))
+
+
+def test_the_same_file_may_say_how_to_edit(tmp_path: Path) -> None:
+    text = 'rows = 4\nablate_fraction = 0.5\n[model]\nsource = "digits"\n[data]\nsource = "digits"\n'
+    plain, both = tmp_path / "plain.toml", tmp_path / "both.toml"
+    plain.write_text(text)
+    both.write_text(f'{text}[edit]\nmethod = "finetune"\n')
+    assert ablate.CampaignSpec.from_file(both).describe() == ablate.CampaignSpec.from_file(plain).describe()

@@ -24,6 +24,7 @@ COMMANDS = (
     "nearest",
     "compare",
     "edit",
+    "edit-info",
     "report",
     "plan",
     "verify",

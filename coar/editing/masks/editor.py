@@ -29,9 +29,9 @@ class HypernetworkMask(MaskedEditor):
 
     Several inputs: their continuous masks are averaged, then made bits once; the cross-entropy is their mean.
 
-    Cost: two forward passes, one of the hypernetwork, and a forward and a backward pass over the inputs per step. Without
-    `hypernetwork` also its training, for every edit: `batch * free_steps * (inner_steps + 1)` forward and backward
-    passes per iteration.
+    Cost: two forward passes, one of the hypernetwork, and a forward and a backward pass over the inputs per step.
+    Without `hypernetwork` also its training, for every edit: `batch * free_steps * (inner_steps + 1)` forward and
+    backward passes per iteration.
 
     Attributes:
       threshold: Instead of a density (then None): tune the components whose value is above it.
