@@ -207,7 +207,7 @@ def test_five_mistakes_in_a_file_are_five_messages(tmp_path: Path) -> None:
     path = tmp_path / "wrong.toml"
     path.write_text(
         'rows = 0\nblockrows = 4\noutput = "marginn"\n'
-        '[model]\nsource = "timmm"\nname = "test_resnet"\n[data]\nsource = "digits"\ntrain_per_group = 2\ntest_per_group = 2\nsplit = "test"\n'
+        '[model]\nsource = "timmm"\nname = "test_resnet"\n[data]\nsource = "digits"\nsplit = "test"\n'
     )
     with pytest.raises(ablate.SpecError) as caught:
         ablate.CampaignSpec.from_file(path)
@@ -385,7 +385,10 @@ def test_the_engine_runs_as_the_spec_says(mlp: nn.Module) -> None:
 
 
 def test_the_same_file_may_say_how_to_edit(tmp_path: Path) -> None:
-    text = 'rows = 4\nablate_fraction = 0.5\n[model]\nsource = "digits"\n[data]\nsource = "digits"\ntrain_per_group = 2\ntest_per_group = 2\n'
+    text = (
+        'rows = 4\nablate_fraction = 0.5\n[model]\nsource = "digits"\n'
+        '[data]\nsource = "digits"\ntrain_per_group = 2\ntest_per_group = 2\n'
+    )
     plain, both = tmp_path / "plain.toml", tmp_path / "both.toml"
     plain.write_text(text)
     both.write_text(f'{text}[edit]\nmethod = "finetune"\n')
