@@ -163,6 +163,7 @@ def test_two_processes_store_what_one_stores(run: Run, project: Project, undistu
     assert sum(worker.blocks for worker in workers) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_one_process_beside_others_by_hand(undisturbed: Project, project: Project) -> None:
     assert project.coar("ablate", "spec.toml", "--quiet", "--worker", "1/2", "--device", "cpu")[0] == 0

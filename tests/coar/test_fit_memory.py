@@ -15,6 +15,8 @@ import pytest
 import coar
 from stores import CampaignStore
 
+pytestmark = pytest.mark.slow
+
 ROWS, EXAMPLES, COMPONENTS, BLOCK = 10_000, 4000, 24, 250
 MIB = 2**20
 

@@ -40,6 +40,7 @@ def _check_finished_blocks_only(path: Path, undisturbed: Path) -> CampaignStore:
     return store
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tmp_path: Path, undisturbed: Path, files: Files) -> None:
     path = tmp_path / "campaign.zarr"
     command = [sys.executable, "-W", "error", str(VICTIM), str(path), str(torch.get_num_threads())]

@@ -71,6 +71,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
     assert _finish(process) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_estimate_again(tmp_path: Path, undisturbed: Path) -> None:
     path = tmp_path / "a.zarr"
     process = _start(path, 0.02)
