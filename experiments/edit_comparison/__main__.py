@@ -43,7 +43,7 @@ def main(
     started = time.perf_counter()
     results = list(results_of(config, name, cache, resume))
     minutes = (time.perf_counter() - started) / 60
-    for finding in write_report(folder, name, config, results, minutes):
+    for finding in write_report(folder, name, config, results, None if resume else minutes):
         print(f"\n{finding.claim}\n  {finding.verdict}. {finding.numbers}")
     print(f"\n{minutes:.1f} minutes; tables and figures in {folder}")
 

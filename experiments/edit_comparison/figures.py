@@ -99,7 +99,7 @@ def _point(part: pd.DataFrame, label: str, x: str, y: str) -> list[tuple[float, 
 
 def _bar(value: tuple[float, float, float]) -> Any:
     mean, low, high = value
-    return [[mean - low], [high - mean]]
+    return [[max(0.0, mean - low)], [max(0.0, high - mean)]]  # a mean of equal values may differ from them by rounding
 
 
 def _limits(axes: Any, spots: Sequence[tuple[float, float]]) -> None:

@@ -50,7 +50,14 @@ TASKS = {
 }
 
 
-def write_report(folder: Path, name: str, config: Config, results: Sequence[Result], minutes: float) -> list[Finding]:
+def _duration(minutes: float | None) -> str:
+    """Returns how long the run took, if it was one run."""
+    return "" if minutes is None else f"{minutes:.0f} minutes on "
+
+
+def write_report(
+    folder: Path, name: str, config: Config, results: Sequence[Result], minutes: float | None
+) -> list[Finding]:
     """Writes edit_comparison.csv, .md and the figures into the folder; returns the findings."""
     results = sorted(results, key=lambda r: (list(SHOWN).index(r.job["task"]), r.job["network"], r.job["seed"]))
     suffix = "" if name == "full" else f"_{name}"
@@ -65,7 +72,7 @@ def write_report(folder: Path, name: str, config: Config, results: Sequence[Resu
     option = "" if name == "full" else f" --{name}"
     parts = [
         "# Which editing method for which task",
-        f"`python -m experiments.edit_comparison{option}`: {minutes:.0f} minutes on {config.workers} processes of one "
+        f"`python -m experiments.edit_comparison{option}`: {_duration(minutes)}{config.workers} processes of one "
         f"thread, torch {torch.__version__}. Processor time of all jobs: "
         f"{sum(r.seconds['processor'] for r in results) / 60:.0f} minutes.",
         INTRODUCTION.format(cap=_caps(config), seeds=len({r.job["seed"] for r in results})),
