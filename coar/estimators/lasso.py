@@ -7,7 +7,8 @@ updates, warm starts, active sets).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
+import torch
 
 from coar.errors import FitError
 from coar.estimators.arrays import Arrays, Matrix
@@ -247,15 +249,27 @@ def solve_lasso(design: LassoDesign, tried: Matrix, judging: Matrix, arrays: Arr
     steps = np.zeros(len(weights), dtype=np.intp)
     space, places = np.empty((len(weights), 2, weights.shape[1])), np.empty(weights.shape, dtype=np.intp)
     judges = (design.judging_gram, other, other_squares)
-    done = _choose_all(design.tried_gram, cross, *judges, PATH, PATH_TOLERANCE, weights, steps, space, places)
-    penalties = np.abs(cross).max(axis=1) * PATH[steps] / first  # per row
-    done &= _solve_all(design.gram, all_cross, penalties * (first + second), TOLERANCE, weights, space, places)
+    with _torch_threads_kept():
+        done = _choose_all(design.tried_gram, cross, *judges, PATH, PATH_TOLERANCE, weights, steps, space, places)
+        penalties = np.abs(cross).max(axis=1) * PATH[steps] / first  # per row
+        done &= _solve_all(design.gram, all_cross, penalties * (first + second), TOLERANCE, weights, space, places)
     if not done.all():
         raise FitError(
             f"The lasso did not converge within {MOST_SWEEPS:,} sweeps for {int((~done).sum())} of {len(done)} "
             "examples: some components are ablated in almost the same rows. Run more rows, or use method='ridge'."
         )
     return _with_errors(design.gram, all_cross, all_squares, first + second, weights, penalties)
+
+
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """Gives torch its number of threads back: numba's first parallel loop sets it for all who use OpenMP."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def _cross(keep: PackedKeep, outputs: Matrix, arrays: Arrays) -> tuple[Matrix, Matrix]:

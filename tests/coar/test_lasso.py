@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,3 +193,24 @@ def test_least_squares_is_the_limit_of_no_penalty(write_campaign: WriteCampaign,
     found = coar.fit(write_campaign(planted_keep, outputs[:, None]), method="lasso")
     model = LinearRegression().fit(planted_keep, outputs)
     np.testing.assert_allclose(found.weights[0], model.coef_, atol=0.01)
+
+
+KEPT_THREADS = """
+import numpy as np, torch
+from coar.estimators.lasso import _torch_threads_kept, _solve_all
+torch.set_num_threads(1)
+with _torch_threads_kept():
+    gram, cross = np.eye(3), np.ones((4, 3))
+    done = _solve_all(gram, cross, np.full(4, 0.1), 1e-7, np.zeros((4, 3)), np.empty((4, 2, 3)),
+                      np.empty((4, 3), dtype=np.intp))
+assert done.all()
+print(torch.get_num_threads())
+"""
+
+
+def test_torch_keeps_its_number_of_threads() -> None:
+    """numba's first parallel loop of a process sets the number of threads of all who use OpenMP."""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", KEPT_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=True)
+    assert done.stdout == "1\n"
