@@ -17,6 +17,7 @@ from coar.editing.log import EditLog
 from coar.editing.operations import Operation
 from coar.editing.places import last_layer
 from coar.editing.request import Request
+from coar.editing.settings import wrong_types
 from coar.editing.weights import covered
 from coar.errors import EditError, EditMismatchError
 
@@ -58,6 +59,15 @@ class Editor(ABC):
     quick: ClassVar[Mapping[str, Any]] = {}  # settings with which it takes about a second on a small model
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = wrong_types(self) or self._problems()
+        if problems:
+            raise EditError(f"These settings cannot work: {'; '.join(problems)}.")
+
+    def _problems(self) -> list[str]:
+        """Returns what is wrong with the settings, whose types are right, in words."""
+        return []
 
     @abstractmethod
     def find(self, model: nn.Module, selection: Selection, request: Request, log: EditLog) -> Found:

@@ -25,7 +25,6 @@ from coar.editing.log import EditLog
 from coar.editing.places import last_feed_forward_blocks, last_layer
 from coar.editing.request import Request
 from coar.editing.schedules import warm_up_cosine
-from coar.editing.settings import wrong_types
 from coar.editing.training import Descent, descend, descent_problems
 from coar.errors import EditError
 
@@ -107,11 +106,6 @@ class FineTuning(Editor):
     one_label: bool = False
     early_stopping: bool = False
     patience: int = 50
-
-    def __post_init__(self) -> None:
-        problems = wrong_types(self) or self._problems()
-        if problems:
-            raise EditError(f"These settings cannot work: {'; '.join(problems)}.")
 
     def _problems(self) -> list[str]:
         problems = descent_problems(self)

@@ -22,7 +22,6 @@ from coar.editing.one_block import Pairs, Place, Taps, place_of
 from coar.editing.operations import Factors, LowRank
 from coar.editing.plain_descent import plain_descent, plain_problems
 from coar.editing.request import Request
-from coar.editing.settings import wrong_types
 from coar.editing.training import descend
 from coar.errors import EditError
 
@@ -68,11 +67,6 @@ class DirectLowRank(Editor):
     normalize: bool = False
     around: str | None = None
     batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        problems = wrong_types(self) or self._problems()
-        if problems:
-            raise EditError(f"These settings cannot work: {'; '.join(problems)}.")
 
     def _problems(self) -> list[str]:
         problems = []

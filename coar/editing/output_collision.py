@@ -22,7 +22,6 @@ from coar.editing.early_stopping import BestWeights
 from coar.editing.log import EditLog
 from coar.editing.places import one_layer
 from coar.editing.request import Request
-from coar.editing.settings import wrong_types
 from coar.editing.training import Descent, descend, descent_problems
 from coar.errors import EditError
 
@@ -85,11 +84,6 @@ class OutputCollision(Editor):
     penalty: ClassVar[Literal["none"]] = "none"
     penalty_weight: ClassVar[float] = 0.0
     first_step: ClassVar[Literal["same"]] = "same"
-
-    def __post_init__(self) -> None:
-        problems = wrong_types(self) or self._problems()
-        if problems:
-            raise EditError(f"These settings cannot work: {'; '.join(problems)}.")
 
     def _problems(self) -> list[str]:
         problems = descent_problems(self)

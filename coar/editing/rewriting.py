@@ -23,7 +23,6 @@ from coar.editing.operations import Delta, Factors, LowRank
 from coar.editing.plain_descent import plain_descent, plain_problems
 from coar.editing.request import Request
 from coar.editing.second_moment import FLOOR, second_moment
-from coar.editing.settings import wrong_types
 from coar.editing.training import descend
 from coar.errors import EditError
 
@@ -96,11 +95,6 @@ class Rewriting(Editor):
     around: str | None = None
     prefix_tokens: int | None = None
     batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        problems = wrong_types(self) or self._problems()
-        if problems:
-            raise EditError(f"These settings cannot work: {'; '.join(problems)}.")
 
     def _problems(self) -> list[str]:
         problems = []
