@@ -8,9 +8,10 @@ independent: a row's outputs depend on the keep-vector, the examples and the for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +39,24 @@ from ablate.outputs import Output, get_output
 from ablate.placing import Placed, two_inputs
 from ablate.prefix import rows_without_one
 from ablate.running import Runner
-from ablate.state import no_tf32, preserved_random_state
+from ablate.state import neutral_ambient, preserved_random_state
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 MODES = ("auto", "weight", "activation")
 BATCH_SIZE = 128
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def _neutrally(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
+    """Returns a method of an engine that runs as in a fresh process: what stands around the call changes no number."""
+
+    @wraps(method)
+    def call(engine: Engine, *args: P.args, **kwargs: P.kwargs) -> R:
+        with neutral_ambient(engine.device):
+            return method(engine, *args, **kwargs)
+
+    return call
 
 
 class Engine:
@@ -132,6 +146,7 @@ class Engine:
             f"{self.precision} on {self.device}, {self.batch_size} examples per forward>"
         )
 
+    @_neutrally
     def outputs(
         self, keep: npt.NDArray[np.bool_] | Tensor | Sequence[Sequence[bool]], inputs: Any, targets: Any = None
     ) -> Tensor:
@@ -156,6 +171,7 @@ class Engine:
         rows = checked_keep(keep, len(self.index)).to(self.device)
         return self._rows(rows, self._examples(inputs, targets))
 
+    @_neutrally
     def gated_outputs(self, gates: npt.NDArray[Any] | Tensor, inputs: Any, targets: Any = None) -> Tensor:
         """Returns the output of every example under every vector of gates, of any real values. Mutates nothing.
 
@@ -169,6 +185,7 @@ class Engine:
         rows = checked_gates(gates, len(self.index))
         return self._rows(rows, self._examples(inputs, targets))
 
+    @_neutrally
     def example_outputs(self, gates: npt.NDArray[Any] | Tensor, inputs: Any, targets: Any = None) -> Tensor:
         """Returns the output of each example under gates of its own, (examples,). Mutates nothing.
 
@@ -181,6 +198,7 @@ class Engine:
         examples = self._examples(inputs, targets)
         return self._per_example(checked_gates(gates, len(self.index), len(examples)), examples, gradients=False)[0]
 
+    @_neutrally
     def gate_gradients(
         self, gates: npt.NDArray[Any] | Tensor, inputs: Any, targets: Any = None
     ) -> tuple[Tensor, Tensor]:
@@ -204,6 +222,7 @@ class Engine:
         examples = self._examples(inputs, targets)
         return self._per_example(checked_gates(gates, len(self.index), len(examples)), examples, gradients=True)
 
+    @_neutrally
     def leave_one_out(self, inputs: Any, targets: Any = None, components: Sequence[int] | None = None) -> Tensor:
         """Returns the output of every example without each of these components, by default all. Mutates nothing.
 
@@ -225,6 +244,7 @@ class Engine:
                 rows_without_one(runner, chosen, placed, result[:, first : first + len(placed)], first)
         return finite_outputs(result.cpu(), examples)
 
+    @_neutrally
     def check(self, inputs: Any, targets: Any = None) -> None:
         """Checks the model with the first two of these examples, once; mutates nothing. The first call does so, too.
 
@@ -242,6 +262,7 @@ class Engine:
             raise GatingError("Nothing is known yet: give the engine example_inputs=, or call outputs() first.")
         return explain(self._machine)
 
+    @_neutrally
     def plan(self, inputs: Any, targets: Any = None) -> MemoryPlan:
         """Returns how much device memory calls on these examples take, measured on a few of them. Mutates nothing.
 
@@ -374,10 +395,9 @@ class Engine:
         """Everything a call needs around it."""
         try:
             with (
-                torch.inference_mode(False),  # a caller may be in it; its tensors could have no gradients
+                neutral_ambient(self.device),
                 preserved_random_state(),
                 torch.no_grad(),
-                self._exact_arithmetic(),
             ):
                 yield
         except torch.OutOfMemoryError as error:
@@ -387,10 +407,6 @@ class Engine:
                 f"The memory of {self.device} did not suffice for {self.batch_size} examples per forward. Lower "
                 f"{lower} or data_budget{precision}. Nothing of this call was kept; earlier results stay."
             ) from error
-
-    def _exact_arithmetic(self) -> Any:
-        """Returns a context without TF32 where that exists: float32 means float32."""
-        return no_tf32() if self.device.type == "cuda" else nullcontext()
 
 
 def _unlabelled(inputs: Tensor) -> Examples:

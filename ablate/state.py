@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ablate.ambient import neutral_ambient as neutral_ambient
+from ablate.ambient import no_tf32 as no_tf32
+
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
@@ -26,18 +29,6 @@ def preserved_random_state() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-
-
-@contextmanager
-def no_tf32() -> Iterator[None]:
-    """Switches TF32 off for the time of a `with` block: float32 then means float32 on CUDA, too."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    convolution = torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
 
 
 def model_hash(model: nn.Module) -> str:
