@@ -1,57 +1,103 @@
-"""Taking a model over: the copy that an engine works on, and the device that it is on."""
+"""Taking a model over: the copy that an engine works on, what it is cast to, and the device that it is on."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ablate.errors import DataError, GatingError
+from ablate.reaching import require_own
+from ablate.sharing import copied_together, overlapping
+
+COMPLEX = {torch.float64: torch.complex128}  # what complex numbers beside real ones of a dtype are; else complex64
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model. Mutates nothing.
+    """Returns a copy of a model; parameters that lie over each other in memory do so in the copy. Mutates nothing.
 
     Raises:
-      GatingError: The model is scripted or compiled.
+      GatingError: The model is scripted or compiled, has no weights yet, or holds functions that would go on running
+        the original's weights; names them.
       DataError: It cannot be copied.
     """
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        how = (
-            "compiled: pass the module it was made of (model._orig_mod)" if hasattr(model, "_orig_mod") else "scripted"
-        )
-        raise GatingError(f"This {type(model).__name__} is {how}. The engine gates first and compiles after.")
-    try:
-        with torch.inference_mode(False):
-            return copy.deepcopy(model)
-    except Exception as error:  # whatever the model's own attributes raise
-        raise DataError(
-            f"This {type(model).__name__} cannot be copied, and the engine works on a copy: {error}. If it keeps "
-            "activations as attributes, delete them, or run it under torch.no_grad()."
-        ) from error
+    return copy_with(model, {}, share=False)
 
 
 def copy_with(model: nn.Module, weights: Mapping[str, Tensor], share: bool = True) -> nn.Module:
     """Returns a copy of a model with other values in some parameters, given by name. The model given is unchanged.
+
+    Parameters that lie in the memory of a named one change with it, as they would in the model.
 
     Args:
       model: The model.
       weights: The new values; the copy owns them.
       share: Parameters that are not named share their memory with the model's; buffers never do, because training mode
         changes them. False: nothing is shared.
+
+    Raises: as `copy_of`.
     """
-    memo: dict[int, object] = {}
-    for name, parameter in model.named_parameters():
-        if name in weights:
-            value = weights[name].detach()
-        elif share and type(parameter) is nn.Parameter:
-            value = parameter.detach()
-        else:
-            continue
-        memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    _require_copyable(model)
+    parameters = dict(model.named_parameters())
+    with torch.inference_mode(False):
+        values = {n: p.detach() for n, p in parameters.items() if share and type(p) is nn.Parameter}
+        values |= {name: value.detach() for name, value in weights.items()}
+        for group in overlapping(parameters):
+            if not share or set(group) & set(weights):
+                values |= copied_together({name: parameters[name] for name in group})
+                for name in set(group) & set(weights):
+                    values[name].copy_(weights[name])
+        memo: dict[int, object] = {
+            id(parameters[name]): nn.Parameter(value, requires_grad=parameters[name].requires_grad)
+            for name, value in values.items()
+        }
+        try:
+            made = copy.deepcopy(model, memo)
+        except Exception as error:  # whatever the model's own attributes raise
+            _not_copied(model, error)
+    require_own(model, made)
+    return made
+
+
+def _require_copyable(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        how = (
+            "compiled: pass the module it was made of (model._orig_mod)" if hasattr(model, "_orig_mod") else "scripted"
+        )
+        raise GatingError(f"This {type(model).__name__} is {how}. The engine gates first and compiles after.")
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise GatingError(
+            f"The parameter {lazy[0]!r} of this {type(model).__name__} has no shape yet (a lazy module). Run the model "
+            "once on inputs first."
+        )
+
+
+def _not_copied(model: nn.Module, error: Exception) -> NoReturn:
+    keeps = "deepcopy protocol" in str(error)  # of tensors that are results of a computation
+    advice = " It keeps activations as attributes: delete them, or run it under torch.no_grad()." if keeps else ""
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    raise DataError(
+        f"This {type(model).__name__} cannot be copied, and a copy is what is worked on: {reason}.{advice}"
+    ) from error
+
+
+def cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Moves a model to a device and its real numbers to a dtype, in place, and returns it.
+
+    Complex numbers stay complex, which `model.to(dtype)` would make real.
+    """
+
+    def converted(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(device, COMPLEX.get(dtype, torch.complex64))
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return model._apply(converted)
 
 
 def device_of(model: nn.Module) -> torch.device:

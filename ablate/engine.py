@@ -33,12 +33,15 @@ from ablate.copying import copy_of, device_of
 from ablate.data import Examples
 from ablate.errors import DataError, GatingError, OutOfMemoryError, UnknownNameError
 from ablate.explain import explain
-from ablate.machine import ATTENTION, Machine, Speed
+from ablate.faithful import UnprovenError, prove
+from ablate.machine import ATTENTION, Machine, Speed, sample_rows
 from ablate.memory import MemoryPlan
 from ablate.outputs import Output, get_output
 from ablate.placing import Placed, two_inputs
 from ablate.prefix import rows_without_one
+from ablate.probe import telling
 from ablate.running import Runner
+from ablate.sharing import require_apart, tie
 from ablate.state import neutral_ambient, preserved_random_state
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -132,7 +135,10 @@ class Engine:
         self._memory_budget = memory_budget
         self._self_check = self_check
         self._name = type(model).__name__
+        require_apart(model, index)
         self._model = copy_of(model).eval().requires_grad_(False)
+        tie(self._model)
+        self._live: nn.Module | None = model  # until it is proven that the copy does what the model does
         self._runner: Runner | None = None
         self._placed: Placed | None = None
         if example_inputs is not None:
@@ -331,10 +337,12 @@ class Engine:
         if self._runner is not None:
             self._runner.checked.clear()
             return self._runner
+        inputs = two_inputs(examples, self.device)
+        doubt = self._doubt(inputs)
         machine = Machine(
             self._model,
             self.index,
-            two_inputs(examples, self.device),
+            inputs,
             device=self.device,
             dtype=PRECISIONS[self.precision],
             ablation=self.ablation,
@@ -343,13 +351,26 @@ class Engine:
             reference=self._reference if isinstance(self.ablation, MeanAblation) else None,
             self_check=self._self_check,
         )
+        if doubt is not None:  # not raised before: the machine knows random models by name
+            raise doubt
         measured = self._batch_size is None and self.device.type == "cuda"
         runner = Runner(machine, self.output, self.ablation.closed, self.batch_size, self.batch_size)
         runner.fit(self._memory_budget, *self._few(examples, runner), measured)
         self.batch_size = runner.batch_size
         self._runner = runner
-        self._model = nn.Identity()  # the machine has all that is needed
+        self._model, self._live = nn.Identity(), None  # the machine has all that is needed
         return runner
+
+    def _doubt(self, inputs: Tensor) -> UnprovenError | None:
+        """Raises GatingError where the copy does not respond, naming weights; returns what else speaks against it."""
+        if self._live is None:
+            return None
+        closed = [self.index.select(torch.nonzero(~row).flatten().tolist()) for row in sample_rows(self.index)]
+        try:
+            prove(self._live, self._model, closed, telling(inputs))
+        except UnprovenError as doubt:
+            return doubt
+        return None
 
     def _few(self, examples: Examples, runner: Runner) -> tuple[Tensor, Tensor]:
         """Returns up to four examples as the machine takes them."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate.components import ComponentIndex
+from ablate.copying import cast
 
 
 def fold_batch_norms(model: nn.Module, folds: Sequence[tuple[str, str]], gated: Collection[str]) -> dict[str, str]:
@@ -99,7 +100,7 @@ def to_precision(model: nn.Module, device: torch.device, dtype: torch.dtype, hea
     In bfloat16 the linear layer that makes the logits and batch norms that were not folded stay in float32.
     """
     if dtype != torch.bfloat16:
-        model.to(device, dtype)
+        cast(model, device, dtype)
         return
     keep: list[nn.Module] = [
         module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -111,7 +112,7 @@ def to_precision(model: nn.Module, device: torch.device, dtype: torch.dtype, hea
             layer.__class__ = _head_class(type(layer))  # type: ignore[arg-type]  # a class of modules is hashable
             keep.append(layer)
     originals = [(m, {n: t.detach().clone() for n, t in _tensors(m).items()}) for m in keep]
-    model.to(device, dtype)
+    cast(model, device, dtype)
     for module, tensors in originals:
         for name, tensor in tensors.items():
             if tensor.is_floating_point():

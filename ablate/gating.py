@@ -49,10 +49,16 @@ def attenuate(model: nn.Module, selection: Selection, factor: float) -> list[tup
     Returns what it overwrote, as (parameter, axis, positions, original slices).
     """
     selection.index.check(model)
+    return attenuate_memory(dict(model.named_parameters()), selection, factor)
+
+
+def attenuate_memory(
+    parameters: Mapping[str, Tensor], selection: Selection, factor: float
+) -> list[tuple[str, int, Tensor, Tensor]]:
+    """Does what `attenuate` does to tensors that are given by name."""
     saved: list[tuple[str, int, Tensor, Tensor]] = []
     if factor == 1.0:
         return saved
-    parameters = dict(model.named_parameters())
     try:
         with torch.no_grad():
             for name, axis, units in touched_slices(selection, parameters):
@@ -88,7 +94,7 @@ def replaced(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
                 parameters[name].copy_(original)
 
 
-def _put_back(parameters: dict[str, nn.Parameter], saved: list[tuple[str, int, Tensor, Tensor]]) -> None:
+def _put_back(parameters: Mapping[str, Tensor], saved: list[tuple[str, int, Tensor, Tensor]]) -> None:
     """Undoes `attenuate`, last change first: two parameters may be views of the same memory."""
     with torch.no_grad():
         for name, axis, positions, original in reversed(saved):

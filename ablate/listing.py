@@ -10,6 +10,7 @@ from torch import nn
 
 from ablate.errors import ModelMismatchError, SelectionError, UnknownNameError
 from ablate.kinds import KINDS, Anatomy, Slices
+from ablate.sharing import first_names
 from ablate.structure import linear_axes
 
 _WHOLE = ("residual_branch", "layer")  # kinds with one component per weight
@@ -60,7 +61,9 @@ class Listing:
     def __init__(self, anatomy: Anatomy, kinds: Sequence[str], excluded: Mapping[str, str]) -> None:
         self.ports: list[Port] = []
         self.left_out: list[tuple[str, int, int, str]] = []
-        self._names = {id(parameter): name for name, parameter in anatomy.modules[""].named_parameters()}
+        model = anatomy.modules[""]
+        others = first_names(model)
+        self._names = {id(parameter): others.get(name, name) for name, parameter in model.named_parameters()}
         self._taken: dict[tuple[str, int, str], Port] = {}
         layer = 0
         for name, module in anatomy.modules.items():

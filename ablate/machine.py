@@ -16,8 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ablate.ablation import Ablation, MeanAblation, Means, mean_activations
 from ablate.activation import ActivationGates
+from ablate.closeness import gap
 from ablate.compiling import compile_model
 from ablate.components import ComponentIndex
+from ablate.copying import cast
 from ablate.errors import DataError, GatingError
 from ablate.folding import add_missing_biases, fold_batch_norms, norm_scale, to_precision
 from ablate.probe import ProbeReport, probe
@@ -34,7 +36,7 @@ ATTENTION = {
 
 GRAPHS = 256  # compiled per block, over all engines of a process
 CHECKS = 2  # forwards of each kind in which a compiled model is compared with itself uncompiled
-COMPILED_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
+COMPILED_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a logit
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Machine:
         model = copy.deepcopy(original).to(device)
         self.model = model
         self.report, wide, inputs = _probed(model, index, inputs.to(device), dtype, check)
-        sample = _sample(index)
+        sample = sample_rows(index)
         literal = None
         if self_check:
             literal = literal_logits(original, index, sample, inputs, wide, ablation.closed)
@@ -159,14 +161,11 @@ class Machine:
         return result
 
     def _require_equal(self, what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-        scale = float(expected.abs().max())
-        if not bool(torch.isfinite(expected).all()):
-            return  # found later, with the row and the example
-        difference = float((got - expected).abs().max())
-        if difference > tolerance * max(scale, 1e-30):
+        found = gap(got, expected, tolerance)
+        if found is not None:
             raise GatingError(
                 f"{what.capitalize()} of this {type(self.model).__name__} does not give what zeroing the weights by "
-                f"hand gives: logits differ by {difference:.3g} of {scale:.3g} on two examples. Nothing was computed. "
+                f"hand gives: logits differ by {found} on two examples. Nothing was computed. "
                 "Index fewer modules to find the one (include=[...]), and report it."
             )
 
@@ -210,12 +209,11 @@ class Machine:
         """Raises unless the compiled model sees the weights or gates as they are set now; run on the first few."""
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             expected = self.model(inputs)
-        scale = max(float(expected.abs().max()), 1e-30)
-        difference = float((got.detach() - expected).abs().max())
-        if difference > COMPILED_TOLERANCE[self.dtype] * scale:
+        found = gap(got.detach(), expected, COMPILED_TOLERANCE[self.dtype])
+        if found is not None:
             raise GatingError(
                 f"The compiled {type(self.model).__name__} gives other logits than the same model uncompiled ({what} "
-                f"forward, {difference:.3g} of {scale:.3g}). Nothing was kept. Use speed=Speed(compile=False)."
+                f"forward, {found}). Nothing was kept. Use speed=Speed(compile=False)."
             )
 
     @contextmanager
@@ -250,10 +248,10 @@ def _probed(
 ) -> tuple[ProbeReport, torch.dtype, Tensor]:
     """Returns what the probe found, in float64, or in float32 for a model that cannot run in float64."""
     try:
-        return probe(model.double(), index, inputs, check), torch.float64, inputs
+        return probe(cast(model, inputs.device, torch.float64), index, inputs, check), torch.float64, inputs
     except DataError:
         inputs = inputs.float() if inputs.is_floating_point() else inputs
-        return probe(model.float(), index, inputs, check), torch.float32, inputs
+        return probe(cast(model, inputs.device, torch.float32), index, inputs, check), torch.float32, inputs
 
 
 def _shared(model: nn.Module, index: ComponentIndex) -> dict[str, list[str]]:
@@ -266,7 +264,7 @@ def _shared(model: nn.Module, index: ComponentIndex) -> dict[str, list[str]]:
     return {module: others[1:] for module, others in found.items() if len(others) > 1}
 
 
-def _sample(index: ComponentIndex) -> Tensor:
+def sample_rows(index: ComponentIndex) -> Tensor:
     """Returns two keep-vectors, (2, components): a tenth of the components closed, and some of every port in one."""
     keep = np.stack([np.random.Philox(key=[2718, row]).random_raw(len(index)) >= 2**64 // 10 for row in range(2)])
     first = 0

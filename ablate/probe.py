@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.attention import NotImplementedInGatingError
+from ablate.closeness import gap, same
 from ablate.components import ComponentIndex
 from ablate.errors import DataError, GatingError
 from ablate.stack import Frame, Stack
@@ -258,7 +259,7 @@ def _random_state(inputs: Tensor) -> Tensor:
 
 def _require_same(one: Stack, two: Stack, logits: Tensor, repeated: Tensor) -> None:
     """Raises unless two equal runs gave equal logits; names the first innermost module that differed."""
-    if torch.equal(logits, repeated) or bool(torch.isnan(logits).any()):
+    if same(logits, repeated):
         return
     names = []
     for a, b in zip(one.frames, two.frames, strict=False):
@@ -275,9 +276,7 @@ def _require_same(one: Stack, two: Stack, logits: Tensor, repeated: Tensor) -> N
 
 
 def _require_independent(model: nn.Module, joint: Tensor, single: Tensor) -> None:
-    if joint.shape == single.shape and bool(torch.isnan(joint).any()):
-        return  # found later, with the row and the example
-    if joint.shape == single.shape and torch.allclose(joint, single, rtol=1e-5, atol=1e-6 * float(joint.abs().max())):
+    if joint.shape == single.shape and gap(joint, single, 1e-5) is None:
         return
     norms = [
         name

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate.components import ComponentIndex
+from ablate.copying import cast, copy_of
 from ablate.gating import attenuate
 from ablate.outputs import Output, get_output
 from ablate.state import preserved_random_state
@@ -28,7 +29,7 @@ def reference_outputs(
     rows = []
     for keep_row in keep:
         # frozen, as the engine's copy: torch multiplies by weights that require gradients in another way
-        ablated = copy.deepcopy(model).eval().requires_grad_(False)
+        ablated = copy_of(model).eval().requires_grad_(False)
         parameters = dict(ablated.named_parameters())
         with preserved_random_state(), torch.no_grad():
             for i in np.flatnonzero(~keep_row):
@@ -55,7 +56,7 @@ def literal_logits(
     """
     rows = []
     for example, row in enumerate(keep):
-        ablated = copy.deepcopy(model).to(inputs.device, dtype)
+        ablated = cast(copy.deepcopy(model), inputs.device, dtype)
         attenuate(ablated, index.select(torch.nonzero(~row).flatten().tolist()), closed)
         with torch.no_grad():
             rows.append(ablated(inputs)[example])

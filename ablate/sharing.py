@@ -1,0 +1,123 @@
+"""Tensors that lie in the same memory, whole or in part: ties that names and identities do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ablate.errors import GatingError
+
+if TYPE_CHECKING:
+    from ablate.components import ComponentIndex
+
+
+class Extent(NamedTuple):
+    """Where a tensor lies: its storage, and the bytes that it spans there."""
+
+    storage: int
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Extent | None:
+        """Returns the extent of a tensor, None of one that has no memory of its own (empty, meta, sparse)."""
+        if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+            return None
+        last = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start = tensor.storage_offset() * tensor.element_size()
+        return cls(tensor.untyped_storage().data_ptr(), start, start + (last + 1) * tensor.element_size())
+
+
+def overlapping(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Returns the names of tensors that lie over each other, in groups of two and more, each in the order given."""
+    order = {name: position for position, name in enumerate(tensors)}
+    extents = sorted((extent, order[name], name) for name, t in tensors.items() if (extent := Extent.of(t)) is not None)
+    groups: list[list[str]] = []
+    storage, reach = -1, 0
+    for extent, _, name in extents:
+        if extent.storage == storage and extent.start < reach:
+            groups[-1].append(name)
+            reach = max(reach, extent.stop)
+        else:
+            groups.append([name])
+            storage, reach = extent.storage, extent.stop
+    return [sorted(group, key=order.__getitem__) for group in groups if len(group) > 1]
+
+
+def same_memory(one: Tensor, two: Tensor) -> bool:
+    """Returns whether two tensors are one in all but name: the same numbers of the same memory, in the same places."""
+    extent = Extent.of(one)
+    return (
+        extent is not None
+        and extent == Extent.of(two)
+        and (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
+    )
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Returns, for every parameter that is another in all but name, the first name of that one."""
+    parameters = dict(model.named_parameters())
+    found = {}
+    for group in overlapping(parameters):
+        for position, name in enumerate(group):
+            same = (first for first in group[:position] if same_memory(parameters[first], parameters[name]))
+            first = next(same, None)
+            if first is not None:
+                found[name] = first
+    return found
+
+
+def tie(model: nn.Module) -> None:
+    """Makes one parameter of those that are one in all but name, in place: it is cast, moved and gated as one."""
+    others = first_names(model)
+    if not others:
+        return
+    parameters = dict(model.named_parameters())
+    one = {id(parameters[other]): parameters[first] for other, first in others.items()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in one:
+                module._parameters[name] = one[id(parameter)]
+
+
+def require_apart(model: nn.Module, index: ComponentIndex) -> None:
+    """Raises GatingError unless no weight of an index lies over another tensor, in part or turned round.
+
+    Zeroing a slice of the one would change the other, which a gate on an activation does not, nor a cast copy. Weights
+    that are the same memory altogether are one weight, and listed as one.
+    """
+    parameters = dict(model.named_parameters())
+    others = first_names(model)
+    listed = {port.parameter for port in index.ports}
+    for group in overlapping(parameters | dict(model.named_buffers())):
+        different = [name for name in group if name not in others]
+        for name in sorted(listed & set(group)):
+            if name in others:
+                raise GatingError(
+                    f"The index lists {name!r}, which is the same memory as {others[name]!r}: ablating the one ablates "
+                    "the other. Make the index anew with ComponentIndex.from_model(model), which lists it once."
+                )
+            if len(different) > 1:
+                other = next(other for other in different if other != name)
+                raise GatingError(
+                    f"The weights {name!r} and {other!r} lie in the same memory, one as a part or another view of the "
+                    "other: ablating a component of one changes the other, too. Give each its own memory "
+                    f"(parameter.data = parameter.data.clone()), or leave it out with exclude=[...]. "
+                    "ablate.ablated(model, selection) does it by hand."
+                )
+
+
+def copied_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies of tensors of one storage and dtype that lie over each other as they do."""
+    extents = {name: extent for name, t in tensors.items() if (extent := Extent.of(t)) is not None}
+    size = next(iter(tensors.values())).element_size()
+    start = min(extent.start for extent in extents.values()) // size
+    stop = max(extent.stop for extent in extents.values()) // size
+    first = next(iter(tensors.values())).detach()
+    memory = torch.as_strided(first, (stop - start,), (1,), start).clone()
+    return {
+        name: torch.as_strided(memory, t.shape, t.stride(), t.storage_offset() - start) for name, t in tensors.items()
+    }
