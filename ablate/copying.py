@@ -82,7 +82,7 @@ def _not_copied(model: nn.Module, error: Exception) -> NoReturn:
     advice = " It keeps activations as attributes: delete them, or run it under torch.no_grad()." if keeps else ""
     reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
     raise DataError(
-        f"This {type(model).__name__} cannot be copied, and a copy is what is worked on: {reason}.{advice}"
+        f"This {type(model).__name__} cannot be copied, and the engine works on a copy: {reason}.{advice}"
     ) from error
 
 

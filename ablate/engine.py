@@ -33,7 +33,7 @@ from ablate.copying import copy_of, device_of
 from ablate.data import Examples
 from ablate.errors import DataError, GatingError, OutOfMemoryError, UnknownNameError
 from ablate.explain import explain
-from ablate.faithful import UnprovenError, prove
+from ablate.faithful import doubts
 from ablate.machine import ATTENTION, Machine, Speed, sample_rows
 from ablate.memory import MemoryPlan
 from ablate.outputs import Output, get_output
@@ -138,7 +138,7 @@ class Engine:
         require_apart(model, index)
         self._model = copy_of(model).eval().requires_grad_(False)
         tie(self._model)
-        self._live: nn.Module | None = model  # until it is proven that the copy does what the model does
+        self._live = model  # until it is proven that the copy does what the model does
         self._runner: Runner | None = None
         self._placed: Placed | None = None
         if example_inputs is not None:
@@ -338,7 +338,9 @@ class Engine:
             self._runner.checked.clear()
             return self._runner
         inputs = two_inputs(examples, self.device)
-        doubt = self._doubt(inputs)
+        rows = sample_rows(self.index)
+        closed = [self.index.select(torch.nonzero(~row).flatten().tolist()) for row in rows]
+        doubt = doubts(self._live, self._model, closed, telling(inputs))
         machine = Machine(
             self._model,
             self.index,
@@ -358,19 +360,8 @@ class Engine:
         runner.fit(self._memory_budget, *self._few(examples, runner), measured)
         self.batch_size = runner.batch_size
         self._runner = runner
-        self._model, self._live = nn.Identity(), None  # the machine has all that is needed
+        self._model = self._live = nn.Identity()  # the machine has all that is needed
         return runner
-
-    def _doubt(self, inputs: Tensor) -> UnprovenError | None:
-        """Raises GatingError where the copy does not respond, naming weights; returns what else speaks against it."""
-        if self._live is None:
-            return None
-        closed = [self.index.select(torch.nonzero(~row).flatten().tolist()) for row in sample_rows(self.index)]
-        try:
-            prove(self._live, self._model, closed, telling(inputs))
-        except UnprovenError as doubt:
-            return doubt
-        return None
 
     def _few(self, examples: Examples, runner: Runner) -> tuple[Tensor, Tensor]:
         """Returns up to four examples as the machine takes them."""

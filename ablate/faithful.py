@@ -33,6 +33,21 @@ class UnprovenError(GatingError):
     """A copy returned something else than its original; the cause may be another, such as chance."""
 
 
+def doubts(
+    model: nn.Module, copied: nn.Module, selections: Iterable[Selection], inputs: Tensor
+) -> UnprovenError | None:
+    """Returns what `prove` finds where the cause may be another, for the caller to raise if it finds no other.
+
+    Raises:
+      GatingError: The copy does not respond; names the weights.
+    """
+    try:
+        prove(model, copied, selections, inputs)
+    except UnprovenError as doubt:
+        return doubt
+    return None
+
+
 def prove(model: nn.Module, copied: nn.Module, selections: Iterable[Selection], inputs: Tensor) -> None:
     """Raises unless a copy of a model responds to changed weights as the model itself does. Mutates nothing.
 

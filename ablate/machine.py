@@ -182,20 +182,24 @@ class Machine:
 
     def plain(self, inputs: Tensor) -> Tensor:
         """Returns the logits of prepared inputs under the weights as they are set."""
-        return self._run("plain", inputs, self.attention)
+        return self._run("plain", self._paired(inputs), self.attention)[: len(inputs)]
 
     def gated(self, inputs: Tensor, gates: Tensor, attention: str | None = None) -> Tensor:
         """Returns the logits of prepared inputs, each under its own gates (examples, components); within `active`."""
-        self.activation.set(gates.to(self.dtype))
-        return self._run("gated", inputs, attention or self.attention)
+        self.activation.set(self._paired(gates.to(self.dtype)))
+        return self._run("gated", self._paired(inputs), attention or self.attention)[: len(inputs)]
 
     def tapped(self, inputs: Tensor, gates: Tensor) -> Tensor:
         """Returns what `gated` returns, never compiled: taps are lists."""
-        self.activation.set(gates.to(self.dtype))
+        self.activation.set(self._paired(gates.to(self.dtype)))
         eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with self._attention(self.attention), eager:
-            result: Tensor = self.model(inputs)
-        return result
+            result: Tensor = self.model(self._paired(inputs))
+        return result[: len(inputs)]
+
+    def _paired(self, values: Tensor) -> Tensor:
+        """Returns values (examples, ...), a single one twice where the model cannot take it alone."""
+        return values.repeat(2, *[1] * (values.ndim - 1)) if self.report.in_pairs and len(values) == 1 else values
 
     def _run(self, what: str, inputs: Tensor, attention: str | None) -> Tensor:
         with self._attention(attention), _compiler() if self.compiled else nullcontext():

@@ -72,6 +72,7 @@ class ProbeReport:
     head: str | None = None  # the linear layer whose output is the model's
     attention: bool = False  # uses scaled_dot_product_attention
     logits: Tensor | None = None  # of the two examples
+    in_pairs: bool = False  # a batch of one example loses its axis (`.squeeze()`): it is run as two of the same
 
 
 class Recorder(UseMode):
@@ -176,15 +177,15 @@ def probe(
     for _ in range(RUNS_IF_RANDOM if draws else 1):
         _, other_stack, repeated = _record(model, watched, inputs)
         _require_same(stack, other_stack, logits, repeated)
-    first, _, logits_a = _record(model, watched, inputs[:1])
-    second, _, logits_b = _record(model, watched, inputs[1:2])
-    _require_independent(model, logits, torch.cat([logits_a, logits_b]))
+    twice, (first, stack_a, logits_a), (second, stack_b, logits_b) = _one_by_one(model, watched, inputs)
+    _require_independent(model, (logits, logits_a, logits_b), (stack, stack_a, stack_b))
 
-    report = ProbeReport(strange=joint.strange, attention=joint.attention, logits=logits)
+    report = ProbeReport(strange=joint.strange, attention=joint.attention, logits=logits, in_pairs=twice)
+    find = find_layout_of_pairs if twice else find_layout
     same_run = len(joint.events) == len(first.events) == len(second.events)
     for i, event in enumerate(joint.events):
         single = (first.events[i], second.events[i]) if same_run else None
-        report.uses.setdefault(event.parameter, []).append(_use(event, single))
+        report.uses.setdefault(event.parameter, []).append(_use(event, single, find))
     report.folds = list(_foldable(model, joint, stack, logits))
     report.head = next(
         (f.module for f in stack.frames if f.output is logits and isinstance(_module(model, f.module), nn.Linear)), None
@@ -237,8 +238,7 @@ def run_failed(model: nn.Module, module: str | None, inputs: Tensor, error: Exce
     where = "the model itself"
     if module is not None:
         found = _module(model, module)
-        text = repr(found) if not list(found.children()) else type(found).__name__
-        where = f"module {module!r}, a {text}," if module else f"the {type(found).__name__} itself"
+        where = f"module {module!r}, {_described(found)}," if module else f"the {type(found).__name__} itself"
     reason = str(error).splitlines()[0].rstrip(".") if str(error) else "no message"
     return DataError(
         f"The model fails on inputs of shape {tuple(inputs.shape)} and type "
@@ -246,6 +246,10 @@ def run_failed(model: nn.Module, module: str | None, inputs: Tensor, error: Exce
         f"{where} raised {type(error).__name__}: {reason}. Give inputs as the model takes them: number of channels, "
         "image size, floating images or integer tokens."
     )
+
+
+def _described(module: nn.Module) -> str:
+    return f"a {repr(module) if not list(module.children()) else type(module).__name__}"
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -275,24 +279,61 @@ def _require_same(one: Stack, two: Stack, logits: Tensor, repeated: Tensor) -> N
     )
 
 
-def _require_independent(model: nn.Module, joint: Tensor, single: Tensor) -> None:
-    if joint.shape == single.shape and gap(joint, single, 1e-5) is None:
+Run = tuple[Recorder, Stack, Tensor]
+
+
+def _one_by_one(model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor) -> tuple[bool, Run, Run]:
+    """Returns the runs on either example, each alone; or twice, and True, where a batch of one loses its axis.
+
+    That is what `.squeeze()` does. What the model raises then is not its fault on any batch that it will run on.
+    """
+    try:
+        alone = _record(model, watched, inputs[:1])
+        if not isinstance(alone[2], Tensor) or alone[2].shape[:1] == (1,):
+            return False, alone, _record(model, watched, inputs[1:2])
+    except DataError:
+        pass  # as a batch of one it may be no batch at all
+    return True, _record(model, watched, inputs[[0, 0]]), _record(model, watched, inputs[[1, 1]])
+
+
+def _require_independent(
+    model: nn.Module, logits: tuple[Tensor, Tensor, Tensor], stacks: tuple[Stack, Stack, Stack]
+) -> None:
+    """Raises unless two examples give the logits that each gives alone, or twice; names the module that mixes them."""
+    if _made_of(*logits):
         return
-    norms = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+    names = [
+        frames[0].module
+        for frames in zip(*(stack.frames for stack in stacks), strict=False)
+        if _made_of(*(frame.input for frame in frames)) and not _made_of(*(frame.output for frame in frames))
     ]
-    found = f"Batch norm {norms[0]!r} uses the statistics of the batch. " if norms else ""
-    shape = f" Two examples gave logits of shape {tuple(joint.shape)}." if joint.shape != single.shape else ""
+    culprit = max(names, key=lambda name: name.count(".") + bool(name), default="")
+    module = _module(model, culprit)
+    statistics = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    where = f"module {culprit!r}, {_described(module)}," if culprit else "the model itself"
+    found = f"Batch norm {culprit!r} uses the statistics of the batch. " if statistics else f"They mix in {where}. "
+    advice = "Put batch norm into eval mode with its own statistics, or wrap" if statistics else "Wrap"
     raise GatingError(
-        f"The examples of a batch influence each other: two examples together give other logits than one by one."
-        f"{shape} {found}Put batch norm into eval mode with its own statistics, or wrap the model so that each "
-        "example's logits depend on that example alone."
+        f"The examples of a batch influence each other: two examples together give other logits than one by one. "
+        f"{found}{advice} the model so that each example's logits depend on that example alone."
     )
 
 
-def _use(event: Event, single: tuple[Event, Event] | None) -> Use:
+def _made_of(both: Any, a: Any, b: Any) -> bool:
+    """Returns whether a result on two examples is, along its first axis, what each gives alone, or twice."""
+    if not (isinstance(both, Tensor) and isinstance(a, Tensor) and isinstance(b, Tensor)) or both.ndim == 0:
+        return False
+    half = len(both) // 2
+    if a.shape == b.shape == both.shape:
+        single = torch.cat([a[:half], b[half:]])
+    elif a.shape == b.shape and a.shape[1:] == both.shape[1:]:
+        single = torch.cat([a, b])
+    else:
+        return False
+    return single.shape == both.shape and gap(both, single, 1e-5) is None
+
+
+def _use(event: Event, single: tuple[Event, Event] | None, find: Callable[..., Layout | None]) -> Use:
     frame = event.frame
     op = event.op
     by_forward = frame.uses == 1 and _same_values(frame.input, event.x) and _same_values(frame.output, event.y)
@@ -300,11 +341,11 @@ def _use(event: Event, single: tuple[Event, Event] | None) -> Use:
     if single is not None:
         a, b = single
         if by_forward:
-            in_layout = find_layout(a.frame.input, b.frame.input, frame.input, op.channels)
-            out_layout = find_layout(a.frame.output, b.frame.output, frame.output, op.channels)
+            in_layout = find(a.frame.input, b.frame.input, frame.input, op.channels)
+            out_layout = find(a.frame.output, b.frame.output, frame.output, op.channels)
         else:
-            in_layout = find_layout(a.x, b.x, event.x, op.channels)
-            out_layout = find_layout(a.y, b.y, event.y, op.channels)
+            in_layout = find(a.x, b.x, event.x, op.channels)
+            out_layout = find(a.y, b.y, event.y, op.channels)
         # where one side's values are all equal (weights of zeros) or NaN, the other side tells
         in_layout, out_layout = in_layout or out_layout, out_layout or in_layout
     return Use(frame.module, op, event.rows, in_layout, out_layout, by_forward)
@@ -339,11 +380,30 @@ def find_layout(a: Any, b: Any, both: Any, channels: int) -> Layout | None:
     return None
 
 
+def find_layout_of_pairs(a: Any, b: Any, both: Any, channels: int) -> Layout | None:
+    """Returns what `find_layout` does, where `a` and `b` come of runs on two of the same example."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and isinstance(both, Tensor)):
+        return None
+    if not a.shape == b.shape == both.shape:
+        return None
+    for axis in range(both.ndim):
+        size = both.shape[axis]
+        if axis == channels % both.ndim or size % 2:
+            continue
+        place = torch.arange(size, device=both.device).view(-1, *[1] * (both.ndim - 1 - axis))
+        blocked = _close(both, torch.where(place < size // 2, a, b))
+        in_turn = size > 2 and _close(both, torch.where(place % 2 == 0, a, b))
+        if blocked != in_turn:
+            return Layout(axis, blocked)
+    return None
+
+
 def _close(one: Tensor, two: Tensor) -> bool:
     if not two.is_floating_point():
         return torch.equal(one, two)
-    finite = two[torch.isfinite(two)]  # not of weights that are NaN or infinite, which some keep-vectors ablate
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    # a mask's -inf or -1e9, which is the same in both, must not make room for differences between the others
+    different = two[torch.isfinite(two) & (one != two)]
+    scale = float(different.abs().max()) if different.numel() else 0.0
     rtol = RTOL if one.dtype == torch.float64 else 1e-4
     return torch.allclose(one, two, rtol=rtol, atol=rtol * scale, equal_nan=True)
 

@@ -24,6 +24,7 @@ _UNUSED = ("_backward", "_state_dict", "_load_state_dict", "_parameters", "_modu
 _METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 _CACHED = type(functools.cache(len))
 _CALLABLES = (types.FunctionType, *_METHODS, functools.partial, weakref.ref, _CACHED)
+_RUN = ("__call__", "__getattr__", "__getattribute__")  # special methods that a forward may run; not __init__
 _DEPTH = 6  # functions in functions; globals of globals
 _ADVICE = (
     "Make it a method of a class that finds its layers on self (for another forward: a module of your own that holds "
@@ -89,6 +90,8 @@ class _Search:
             return
         self._seen.add(id(holder))
         for key, value in vars(holder).items():
+            if key.startswith("__") and key not in _RUN:
+                continue
             where = f"{key} of class {holder.__name__}"
             function = getattr(value, "__func__", getattr(value, "fget", value))
             if isinstance(function, types.FunctionType):

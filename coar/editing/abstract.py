@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ablate import ModelMismatchError, Selection, model_hash, preserved_random_state
 from ablate.copying import copy_of, device_of
+from ablate.faithful import doubts
 from coar.editing.edit import Edit
 from coar.editing.log import EditLog
 from coar.editing.operations import Operation
@@ -104,6 +105,7 @@ class Editor(ABC):
         Raises:
           EditError: A request that misses something or does not fit the model, or a setting that cannot work here.
           EditMismatchError: The selection's index does not describe the model.
+          ablate.GatingError: A copy of the model would go on running the original's weights; names them.
         """
         if selection is None:
             selection = self.default_selection(model)
@@ -113,7 +115,10 @@ class Editor(ABC):
         with preserved_random_state(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(self.seed)
             copy = copy_of(model).eval().requires_grad_(False)
+            doubt = doubts(model, copy, [selection.sample((len(selection) + 1) // 2, seed=0)], request.inputs[:2])
             self._check_outputs(copy, request)
+            if doubt is not None:
+                raise doubt
             found = self.find(copy, selection, request, log)
         details = {**self.describe(), "log": log.summary(), **found.details}
         chosen = selection if found.selection is None else found.selection

@@ -22,6 +22,7 @@ NORM_ADVICE = (
     "Put batch norm into eval mode with its own statistics, or wrap the model so that each example's logits depend "
     "on that example alone."
 )
+ADVICE = "Wrap the model so that each example's logits depend on that example alone."
 RANDOM = "The model is random in eval mode: the same two examples gave different logits. The randomness is in "
 RANDOM_ADVICE = (
     "Make it deterministic in eval mode (`if self.training:`); an ablation's effect cannot be told from noise "
@@ -175,8 +176,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: _with_norm(Stubborn(4)),
         f"{INFLUENCE}Batch norm '1' uses the statistics of the batch. {NORM_ADVICE}",
     ),
-    "norm by a function": (ByHand, f"{INFLUENCE}{NORM_ADVICE}"),
-    "examples that depend on the first": (FirstOnly, f"{INFLUENCE}{NORM_ADVICE}"),
+    "norm by a function": (ByHand, f"{INFLUENCE}They mix in the model itself. {ADVICE}"),
+    "examples that depend on the first": (FirstOnly, f"{INFLUENCE}They mix in the model itself. {ADVICE}"),
     "attention with an extra key": (
         Extra,
         "Module 'attention' is nn.MultiheadAttention with bias_k, which is not taken apart. Leave it out with "
