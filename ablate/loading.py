@@ -11,7 +11,7 @@ from ablate.data import Examples
 from ablate.digits import digits_campaign_examples, digits_model, digits_split
 from ablate.errors import DataError
 from ablate.loaders.arrays import arrays_data
-from ablate.loaders.checkpoints import load_weights
+from ablate.loaders.checkpoints import load_checkpoint as load_checkpoint
 from ablate.loaders.checkpoints import read_checkpoint as read_checkpoint
 from ablate.loaders.clip import ZeroShotClassifier as ZeroShotClassifier
 from ablate.loaders.clip import clip_model
@@ -61,11 +61,11 @@ def load_model(source: AnyModel) -> tuple[nn.Module, Transform | None]:
 
 def _make(source: AnyModel) -> tuple[nn.Module, Transform | None]:
     if isinstance(source, OpenClipModel):  # with its weights: they are needed to embed the texts
-        return clip_model(source.name, source.checkpoint, source.texts, source.tokenizer)
+        return clip_model(source.name, source.checkpoint, source.texts, source.tokenizer, source.checkpoint_key)
     if isinstance(source, TransformersModel):  # with its weights: a folder has them beside the configuration
         if source.path is not None:
-            return language_model_from_folder(Path(source.path), source.checkpoint), None
-        return language_model_from_config(source.config or {}, source.checkpoint), None
+            return language_model_from_folder(Path(source.path), source.checkpoint, source.checkpoint_key), None
+        return language_model_from_config(source.config or {}, source.checkpoint, source.checkpoint_key), None
     transform: Transform | None
     if isinstance(source, TorchvisionModel):
         model, transform = torchvision_model(source.name, source.classes)
@@ -76,7 +76,7 @@ def _make(source: AnyModel) -> tuple[nn.Module, Transform | None]:
     else:
         raise TypeError(f"A {type(source).__name__} is no source of models.")
     if source.checkpoint is not None:
-        load_weights(model, read_checkpoint(source.checkpoint), source.checkpoint)
+        load_checkpoint(model, source.checkpoint, source.checkpoint_key)
     return model, transform
 
 
