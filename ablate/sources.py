@@ -88,6 +88,11 @@ class OpenClipModel(WithWeights):
         return self
 
     @property
+    def has_classes(self) -> bool:
+        """Whether the model gives logits, not embeddings."""
+        return self.prompts is not None or self.classes is not None
+
+    @property
     def texts(self) -> list[list[str]]:
         """The texts of each class; none for the visual tower alone."""
         if self.prompts is not None:
@@ -144,10 +149,16 @@ class ArraysData(Source):
 
 
 class ImageFolderData(Source):
-    """A folder with one sub-folder of images per class, prepared as the model wants its images."""
+    """A folder with one sub-folder of images per class, prepared as the model wants its images.
+
+    `classes`: which label each folder has: "folders", "index", "imagenet", the names of the model's classes in their
+    order, or a file of them. `white`: the number that is white, of images with more than 8 bits.
+    """
 
     source: Literal["imagefolder"]
     path: str
+    classes: str | tuple[str, ...] | None = None
+    white: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class TorchvisionData(Source):
