@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import stores
+from ablate.changed_data import what_changed
 from ablate.data import Examples
 from ablate.engine import Engine
 from ablate.errors import NonFiniteOutputError, SpecError
@@ -156,6 +157,7 @@ def _open_or_create(
         found = [difference for difference in found if not difference.key.startswith("versions.")]
     if found:
         advice = "Give the original back, or name another store for the new campaign."
+        advice = f"{what_changed(campaign.examples, examples)} {advice}".lstrip()
         if all(difference.key.startswith("versions.") for difference in found):
             advice = VERSIONS_ADVICE
         raise StoreMismatchError(f"Campaign {campaign.where}", found, advice)

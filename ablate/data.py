@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ablate.errors import DataError
+from ablate.repeatable import FirstReads
 from ablate.state import preserved_random_state
+from ablate.tensors import as_tensor, refuse_tables
 
 Normalize = tuple[Sequence[float], Sequence[float]]
 TEXT_GROUP = "text"  # of examples with a target per token, unless groups are given
@@ -45,18 +46,20 @@ class Examples:
         *,
         normalize: Normalize | None = None,
     ) -> None:
+        refuse_tables(inputs, "Inputs")
         self._inputs: Tensor | Dataset[Any]
-        self._inputs = _tensor(inputs, "Inputs") if isinstance(inputs, (Tensor, np.ndarray)) else inputs
+        self._inputs = as_tensor(inputs, "Inputs") if isinstance(inputs, (Tensor, np.ndarray)) else inputs
         if not isinstance(self._inputs, Tensor) and not hasattr(inputs, "__getitem__"):
             raise DataError(
                 f"Inputs are a {type(inputs).__name__}, expected a tensor, an array or a map-style Dataset."
             )
+        from_items = targets is None
         if targets is None:
             if isinstance(self._inputs, Tensor):
                 raise DataError("Labels are missing: give targets, one integer per example, beside the inputs.")
             with preserved_random_state():  # a data set may draw random numbers
                 targets = _labels(self._inputs)
-        self.targets: Tensor = _checked_targets(_tensor(targets, "Targets"), self._inputs)
+        self.targets: Tensor = _checked_targets(as_tensor(targets, "Targets"), self._inputs)
         count = len(self.targets)
         self.ids: tuple[str, ...] = tuple(map(str, range(count) if ids is None else ids))
         if groups is None:
@@ -72,6 +75,11 @@ class Examples:
             raise DataError(
                 f"Ids must be distinct: {count - len(set(self.ids))} of {count} repeat another, the first is {again!r}."
             )
+        self._first_reads: FirstReads | None = None
+        if not isinstance(self._inputs, Tensor):
+            self._first_reads = FirstReads(partial(self._example, from_items), count, self._name)
+            if from_items:  # all items were read for their labels: a few more cost little
+                self._first_reads.try_out()
         self.normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
         self._statistics: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         if normalize is not None:
@@ -101,8 +109,7 @@ class Examples:
         stop = len(self) if stop is None else stop
         if isinstance(self._inputs, Tensor):
             return self._inputs[start:stop]
-        with preserved_random_state():
-            items = [_tensor(_item(self._inputs, i)[0], f"The input of item {i}") for i in range(start, stop)]
+        items = self._read(range(start, stop))
         shapes = {tuple(item.shape) for item in items}
         if len(shapes) > 1:
             raise DataError(
@@ -112,6 +119,26 @@ class Examples:
         if self.normalize is not None and items:
             self._check_pixels(stacked)
         return stacked
+
+    def _read(self, positions: range) -> list[Tensor]:
+        """Returns the inputs of a data set's items, each the same as when it was read first."""
+        reads = self._first_reads
+        if reads is None:
+            return []
+        reads.try_out()
+        with preserved_random_state():
+            items = [self._example(False, i)[0] for i in positions]
+        for i, item in zip(positions, items, strict=True):
+            reads.check(i, item)
+        return items
+
+    def _example(self, labelled: bool, i: int) -> tuple[Tensor, Any]:
+        """Returns the input of a data set's item, and its label where labels are taken from the items."""
+        item = _item(self._inputs, i)  # type: ignore[arg-type]  # a data set
+        return as_tensor(item[0], f"The input of item {i}"), item[1] if labelled else None
+
+    def _name(self, i: int) -> str:
+        return str(i) if self.ids[i] == str(i) else f"{i} ({self.ids[i]!r})"
 
     def prepared(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns inputs as the model takes them, on the batch's own device.
@@ -230,7 +257,7 @@ def _label(data: Dataset[Any], i: int) -> int | Tensor:
     item = _item(data, i)
     try:
         if isinstance(item[1], (Tensor, np.ndarray)) and item[1].ndim == 1 and len(item[1]) > 1:
-            return _tensor(item[1], f"The target of item {i}")
+            return as_tensor(item[1], f"The target of item {i}")
         return operator.index(item[1])
     except (IndexError, TypeError, ValueError):
         got = repr(item[1]) if len(item) > 1 else "nothing"
@@ -263,16 +290,3 @@ def _checked_normalize(normalize: Normalize) -> tuple[tuple[float, ...], tuple[f
     if len(mean) != len(std) or not mean or not all(np.isfinite(mean)) or not all(0 < s < np.inf for s in std):
         raise DataError(f"normalize has mean {mean} and std {std}, expected one number per channel each, std above 0.")
     return mean, std
-
-
-def _tensor(values: Any, what: str) -> Tensor:
-    """Returns values as a tensor, sharing memory where possible; nothing here writes to it."""
-    try:
-        if isinstance(values, np.ndarray) and min(values.strides, default=0) < 0:
-            values = values.copy()  # torch takes no reversed views
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(f"{what} cannot become a tensor: {reason}. Give numbers; images need a transform.") from error

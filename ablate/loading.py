@@ -11,12 +11,13 @@ from ablate.data import Examples
 from ablate.digits import digits_campaign_examples, digits_model, digits_split
 from ablate.errors import DataError
 from ablate.loaders.arrays import arrays_data
-from ablate.loaders.checkpoints import load_weights
+from ablate.loaders.checkpoints import load_checkpoint as load_checkpoint
 from ablate.loaders.checkpoints import read_checkpoint as read_checkpoint
 from ablate.loaders.clip import ZeroShotClassifier as ZeroShotClassifier
 from ablate.loaders.clip import clip_model
 from ablate.loaders.factories import factory_data, factory_model
-from ablate.loaders.images import hf_images, image_folder, torchvision_data
+from ablate.loaders.image_folder import image_folder
+from ablate.loaders.images import hf_images, torchvision_data
 from ablate.loaders.models import timm_model, torchvision_model
 from ablate.loaders.text import LanguageModel as LanguageModel
 from ablate.loaders.text import language_model_from_config, language_model_from_folder
@@ -61,11 +62,11 @@ def load_model(source: AnyModel) -> tuple[nn.Module, Transform | None]:
 
 def _make(source: AnyModel) -> tuple[nn.Module, Transform | None]:
     if isinstance(source, OpenClipModel):  # with its weights: they are needed to embed the texts
-        return clip_model(source.name, source.checkpoint, source.texts, source.tokenizer)
+        return clip_model(source.name, source.checkpoint, source.texts, source.tokenizer, source.checkpoint_key)
     if isinstance(source, TransformersModel):  # with its weights: a folder has them beside the configuration
         if source.path is not None:
-            return language_model_from_folder(Path(source.path), source.checkpoint), None
-        return language_model_from_config(source.config or {}, source.checkpoint), None
+            return language_model_from_folder(Path(source.path), source.checkpoint, source.checkpoint_key), None
+        return language_model_from_config(source.config or {}, source.checkpoint, source.checkpoint_key), None
     transform: Transform | None
     if isinstance(source, TorchvisionModel):
         model, transform = torchvision_model(source.name, source.classes)
@@ -76,12 +77,14 @@ def _make(source: AnyModel) -> tuple[nn.Module, Transform | None]:
     else:
         raise TypeError(f"A {type(source).__name__} is no source of models.")
     if source.checkpoint is not None:
-        load_weights(model, read_checkpoint(source.checkpoint), source.checkpoint)
+        load_checkpoint(model, source.checkpoint, source.checkpoint_key)
     return model, transform
 
 
-def load_data(source: AnyData, transform: Transform | None = None) -> Examples:
+def load_data(source: AnyData, transform: Transform | None = None, model: nn.Module | None = None) -> Examples:
     """Returns the examples of a data source; `transform` is the model's, and prepares images.
+
+    With `model`, the class folders of images are checked against the model's number of classes, by one forward.
 
     Where the transform is one of torchvision's, timm's or open_clip's, images stay uint8 pixels, and their
     normalisation becomes `Examples.normalize`: `Examples.model_inputs` equals the transform. Images are decoded when
@@ -93,10 +96,10 @@ def load_data(source: AnyData, transform: Transform | None = None) -> Examples:
       DataError: What was read cannot be examples, or the transform cannot prepare it.
     """
     with preserved_random_state():
-        return _read(source, transform)
+        return _read(source, transform, model)
 
 
-def _read(source: AnyData, transform: Transform | None) -> Examples:
+def _read(source: AnyData, transform: Transform | None, model: nn.Module | None) -> Examples:
     match source:
         case DigitsData(split=str(split)):
             return digits_split(split, source.seed)
@@ -105,7 +108,7 @@ def _read(source: AnyData, transform: Transform | None) -> Examples:
         case ArraysData():
             return arrays_data(Path(source.path))
         case ImageFolderData():
-            return image_folder(Path(source.path), transform)
+            return image_folder(Path(source.path), transform, source.classes, model, source.white)
         case TorchvisionData():
             return torchvision_data(source.name, Path(source.root), source.split, transform)
         case HuggingFaceData():

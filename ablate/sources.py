@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,19 @@ class Source(BaseModel):
         return str(get_args(cls.model_fields["source"].annotation)[0])
 
 
+class WithWeights(Source):
+    """A model whose weights may come from a file; `checkpoint_key`: which, of a file that holds several sets."""
+
+    checkpoint: str | None = None
+    checkpoint_key: str | None = None
+
+    @model_validator(mode="after")
+    def _a_key_needs_a_file(self) -> Self:
+        if self.checkpoint_key is not None and self.checkpoint is None:
+            raise ValueError("checkpoint_key needs a checkpoint, the file whose weights it names")
+        return self
+
+
 class DigitsModel(Source):
     """The demo's residual CNN on handwritten digits, trained by seed and cached."""
 
@@ -26,17 +39,16 @@ class DigitsModel(Source):
     cache: str | None = None
 
 
-class TorchvisionModel(Source):
+class TorchvisionModel(WithWeights):
     """A torchvision classification model by name. Weights: a local checkpoint, or random by seed."""
 
     source: Literal["torchvision"]
     name: str
-    checkpoint: str | None = None
     classes: int = Field(default=1000, ge=2)
     seed: int = Field(default=0, ge=0)
 
 
-class TimmModel(Source):
+class TimmModel(WithWeights):
     """A timm model by name. Weights: a local checkpoint, or random by seed.
 
     `image_size`: in pixels, for transformers that are made for one size; None: the model's own.
@@ -44,13 +56,12 @@ class TimmModel(Source):
 
     source: Literal["timm"]
     name: str
-    checkpoint: str | None = None
     classes: int = Field(default=1000, ge=2)
     image_size: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
 
 
-class OpenClipModel(Source):
+class OpenClipModel(WithWeights):
     """An open_clip model by name: a zero-shot classifier of texts, or without texts the visual tower alone.
 
     Classes are `prompts`, one text each, or `classes`, each put into the {} of every one of `templates`. The checkpoint
@@ -59,7 +70,6 @@ class OpenClipModel(Source):
 
     source: Literal["open_clip"]
     name: str
-    checkpoint: str | None = None
     prompts: tuple[str, ...] | None = Field(default=None, min_length=2)
     classes: tuple[str, ...] | None = Field(default=None, min_length=2)
     templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
@@ -78,6 +88,11 @@ class OpenClipModel(Source):
         return self
 
     @property
+    def has_classes(self) -> bool:
+        """Whether the model gives logits, not embeddings."""
+        return self.prompts is not None or self.classes is not None
+
+    @property
     def texts(self) -> list[list[str]]:
         """The texts of each class; none for the visual tower alone."""
         if self.prompts is not None:
@@ -85,13 +100,12 @@ class OpenClipModel(Source):
         return [[t.replace("{}", name) for t in self.templates] for name in self.classes or ()]
 
 
-class TransformersModel(Source):
+class TransformersModel(WithWeights):
     """A causal language model of transformers: a local folder, or a configuration with random weights by seed."""
 
     source: Literal["transformers"]
     path: str | None = None
     config: dict[str, Any] | None = None
-    checkpoint: str | None = None
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -103,12 +117,11 @@ class TransformersModel(Source):
         return self
 
 
-class FactoryModel(Source):
+class FactoryModel(WithWeights):
     """A user's own model: `module:function`, called without arguments, returns an nn.Module or (model, transform)."""
 
     source: Literal["factory"]
     factory: str
-    checkpoint: str | None = None
     seed: int = Field(default=0, ge=0)
 
 
@@ -136,10 +149,16 @@ class ArraysData(Source):
 
 
 class ImageFolderData(Source):
-    """A folder with one sub-folder of images per class, prepared as the model wants its images."""
+    """A folder with one sub-folder of images per class, prepared as the model wants its images.
+
+    `classes`: which label each folder has: "folders", "index", "imagenet", the names of the model's classes in their
+    order, or a file of them. `white`: the number that is white, of images with more than 8 bits.
+    """
 
     source: Literal["imagefolder"]
     path: str
+    classes: str | tuple[str, ...] | None = None
+    white: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class TorchvisionData(Source):

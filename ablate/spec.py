@@ -31,7 +31,7 @@ from ablate.errors import SpecError
 from ablate.loading import check_tokens, load_data, load_model
 from ablate.machine import Speed
 from ablate.outputs import Output
-from ablate.sources import AnyData, AnyModel, DataSource, ModelSource
+from ablate.sources import AnyData, AnyModel, DataSource, ModelSource, OpenClipModel
 from ablate.spec_problems import FRACTION_TAGS, check_names, check_place, explain, short
 from stores.places import resolve
 from stores.schema import Location
@@ -234,10 +234,11 @@ class CampaignSpec:
         if self._loaded is None:
             model, data = self._values.model, self._values.data
             transform = None
+            embeds = isinstance(model, OpenClipModel) and not model.has_classes
             if isinstance(model, AnyModel):
                 model, transform = load_model(model)
             if isinstance(data, AnyData):
-                data = load_data(data, transform)
+                data = load_data(data, transform, None if embeds else model)
             examples = Examples.of(data)
             check_tokens(model, examples)
             self._loaded = model, examples

@@ -23,6 +23,7 @@ from coar.cli_common import (
 from coar.cli_logs import Curves, LogFormat, LogLines, LogTarget, telling
 from coar.cli_spread import Outcome, open_campaign
 from coar.cli_workers import Workers, with_workers
+from coar.unablated import unablated_accuracy
 from stores.compact import make_copies
 
 
@@ -33,11 +34,15 @@ def index(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the components of a spec's model, module by module, and what is left out."""
+    """List the components of a spec's model, what is left out, and how often the model is right.
+
+    The accuracy is that of the model as it is, on at most 1,024 of the spec's examples.
+    """
     campaign = ablate.CampaignSpec.from_file(spec)
     with ablate.preserved_random_state():
         model, examples = campaign.load()
     found = campaign.make_index(model)
+    unablated = unablated_accuracy(model, examples)
     gating = None
     if explain:
         engine = campaign.make_engine(model, found, examples)
@@ -45,11 +50,14 @@ def index(
         gating = engine.explain()
     if as_json:
         facts = {"components": len(found), "hash": found.hash, "modules": records(found.modules())}
+        facts["unablated"] = None if unablated is None else unablated.as_dict()
         print_json(facts if gating is None else {**facts, "gating": records(gating)})
         return
     say(f"{len(found):,} components in {len(found.ports)} modules; index {found.hash[:12]}", found.modules())
     if len(found.left_out()):
         say("Left out:", found.left_out())
+    if unablated is not None:
+        say(unablated.text())
     if gating is not None:
         say("How each module is gated:", gating[["module", "used by", "activation gating", "notes"]])
 

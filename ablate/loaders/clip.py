@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.errors import LoadError, UnknownNameError
-from ablate.loaders.checkpoints import load_weights, read_checkpoint
+from ablate.loaders.checkpoints import load_checkpoint
 from ablate.loaders.packages import one_line, require, untouched_logging
 from ablate.loaders.transforms import Transform
 
@@ -45,7 +45,11 @@ class ZeroShotClassifier(nn.Module):
 
 
 def clip_model(
-    name: str, checkpoint: str | None, texts: Sequence[Sequence[str]], tokenizer: str | None
+    name: str,
+    checkpoint: str | None,
+    texts: Sequence[Sequence[str]],
+    tokenizer: str | None,
+    key: str | None = None,
 ) -> tuple[nn.Module, Transform]:
     """Returns the visual tower (no texts) or a ZeroShotClassifier, and how its images are prepared.
 
@@ -54,6 +58,7 @@ def clip_model(
       checkpoint: The weights of the whole CLIP model, both towers; None: random.
       texts: For each class, its texts; the class is the mean of their embeddings.
       tokenizer: A local folder with the tokenizer, for a model whose own does not ship with open_clip.
+      key: Which weights of a checkpoint that holds several.
     """
     open_clip = require("open_clip", "clip")
     names = open_clip.list_models()
@@ -71,7 +76,7 @@ def clip_model(
         except Exception as error:  # e.g. a timm without that tower
             raise LoadError(f"open_clip cannot make {name}: {type(error).__name__}: {one_line(error)}.") from error
         if checkpoint is not None:
-            load_weights(model, read_checkpoint(checkpoint), checkpoint)
+            load_checkpoint(model, checkpoint, key)
         model.eval()
         if not texts:
             return model.visual, transform

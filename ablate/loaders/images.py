@@ -57,6 +57,8 @@ class PreparedImages(Dataset[tuple[Tensor, int]]):
         name = self._ids[item]
         try:
             image = self._read(item)
+        except DataError as error:
+            raise DataError(f"Image {name!r}: {error}") from error
         except Exception as error:  # whatever a decoder raises
             raise DataError(
                 f"Image {name!r} cannot be read: {type(error).__name__}: {one_line(error)}. Check or remove it."
@@ -87,20 +89,6 @@ def image_examples(
     if len(images) > 0:
         images[0]
     return Examples(images, labels, ids, groups, normalize=preparation.normalize)
-
-
-def image_folder(path: Path, transform: Transform | None) -> Examples:
-    """Returns the images of a folder with one sub-folder per class; groups are the classes."""
-    datasets = require("torchvision").datasets
-    if not path.is_dir():
-        raise LoadError(f"No folder at {path}. Expected one sub-folder of images per class.")
-    try:
-        folder = datasets.ImageFolder(str(path))
-    except FileNotFoundError as error:
-        raise LoadError(f"{path} is no image folder: {str(error).rstrip('.')}.") from error
-    ids = [Path(file).relative_to(path).as_posix() for file, _ in folder.samples]
-    groups = [folder.classes[label] for label in folder.targets]
-    return image_examples(partial(_image, folder), folder.targets, ids, groups, transform, "An image folder")
 
 
 def torchvision_data(name: str, root: Path, split: str | None, transform: Transform | None) -> Examples:

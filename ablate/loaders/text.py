@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate.errors import LoadError, UnknownNameError, nearest
-from ablate.loaders.checkpoints import does_not_fit, load_weights, not_plain_tensors, read_checkpoint
+from ablate.loaders.checkpoints import does_not_fit, load_checkpoint, not_plain_tensors
 from ablate.loaders.packages import one_line, require
 
 
@@ -34,7 +34,7 @@ class LanguageModel(nn.Module):
         return logits
 
 
-def language_model_from_folder(path: Path, checkpoint: str | None) -> LanguageModel:
+def language_model_from_folder(path: Path, checkpoint: str | None, weights_key: str | None = None) -> LanguageModel:
     """Returns the model in a local folder (config.json, and .safetensors or a weights-only .bin), in float32.
 
     Raises:
@@ -49,7 +49,7 @@ def language_model_from_folder(path: Path, checkpoint: str | None) -> LanguageMo
                 path,
                 lambda: transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False),
             )
-            return _with_weights(_from_config(transformers, config, str(path)), checkpoint)
+            return _with_weights(_from_config(transformers, config, str(path)), checkpoint, weights_key)
         safe = any(path.glob("*.safetensors"))
         model, report = _made(
             path,
@@ -76,7 +76,9 @@ def language_model_from_folder(path: Path, checkpoint: str | None) -> LanguageMo
     return LanguageModel(model)
 
 
-def language_model_from_config(config: Mapping[str, Any], checkpoint: str | None) -> LanguageModel:
+def language_model_from_config(
+    config: Mapping[str, Any], checkpoint: str | None, weights_key: str | None = None
+) -> LanguageModel:
     """Returns a model of this configuration with a checkpoint's weights, or random ones.
 
     Raises:
@@ -98,7 +100,7 @@ def language_model_from_config(config: Mapping[str, Any], checkpoint: str | None
                 hint = f" Did you mean {close[0]!r}?" if close else " Remove it."
                 raise LoadError(f"config: {model_type} has no {key!r}.{hint}")
         made = _made("config", lambda: transformers.AutoConfig.for_model(model_type, **values))
-        return _with_weights(_from_config(transformers, made, "config"), checkpoint)
+        return _with_weights(_from_config(transformers, made, "config"), checkpoint, weights_key)
 
 
 def _from_config(transformers: Any, config: Any, where: str) -> LanguageModel:
@@ -112,22 +114,10 @@ def _from_config(transformers: Any, config: Any, where: str) -> LanguageModel:
     )
 
 
-def _with_weights(model: LanguageModel, checkpoint: str | None) -> LanguageModel:
+def _with_weights(model: LanguageModel, checkpoint: str | None, weights_key: str | None) -> LanguageModel:
     if checkpoint is not None:
-        load_weights(model.model, _untied(model.model, read_checkpoint(checkpoint)), checkpoint)
+        load_checkpoint(model.model, checkpoint, weights_key)
     return model
-
-
-def _untied(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights with the second name of tensors that the model shares: a file holds them once."""
-    first: dict[int, str] = {}
-    weights = dict(weights)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), name)
-        for missing, there in ((name, other), (other, name)):
-            if missing not in weights and there in weights:
-                weights[missing] = weights[there]
-    return weights
 
 
 def _made(where: str | Path, make: Any) -> Any:

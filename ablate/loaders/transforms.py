@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ablate.errors import DataError
 from ablate.loaders.packages import one_line, require
+from ablate.loaders.pixels import in_mode, plain
 
 Transform = Callable[[Any], Tensor]
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
@@ -43,10 +44,10 @@ class Preparation:
     def _right_mode(self, image: Any) -> Any:
         if not hasattr(image, "convert"):
             return image  # no PIL image: the transform must know what to do
+        image = plain(image)
         if self.normalize is not None:
-            mode = "L" if len(self.normalize[0]) == 1 else "RGB"
-            return image if image.mode == mode else image.convert(mode)
-        return image if image.mode in ("RGB", "L") else image.convert("RGB")
+            return in_mode(image, "L" if len(self.normalize[0]) == 1 else "RGB")
+        return in_mode(image, "L" if image.mode == "L" else "RGB")
 
 
 def split_transform(transform: Transform) -> Preparation:

@@ -15,7 +15,8 @@ import pandas as pd
 from ablate.data import Examples
 from ablate.errors import LoadError
 from ablate.loaders.images import image_examples
-from ablate.loaders.packages import one_line, require
+from ablate.loaders.packages import one_line
+from ablate.loaders.pixels import read_image
 from ablate.loaders.transforms import Transform
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -83,5 +84,4 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def _open(folder: Path, files: list[str], i: int) -> Any:
-    with require("PIL.Image").open(folder / files[i]) as image:
-        return image.convert("RGB")
+    return read_image(folder / files[i])

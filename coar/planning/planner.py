@@ -23,6 +23,7 @@ from coar.planning.existing import any_campaign, campaign_blocks, estimate_block
 from coar.planning.memory import fitted_rows, with_held_out
 from coar.planning.options import QUALITY_ROWS, Option, Subject
 from coar.planning.report import Plan as Plan
+from coar.unablated import unablated_accuracy
 from stores.places import Location, resolve
 
 SECONDS = 10.0
@@ -42,8 +43,8 @@ def plan(
 ) -> Plan:
     """Returns what running a spec would cost, by regression and by gradients. Writes nothing, mutates nothing.
 
-    Loads model and data, and times a few passes on a few examples. Where the spec has no rows, several numbers of rows
-    are planned for. Where stores exist already, what is left of them.
+    Loads model and data, predicts some examples, and times a few passes on a few of them. Where the spec has no rows,
+    several numbers of rows are planned for. Where stores exist already, what is left of them.
 
     Args:
       spec: A spec or the path of a TOML file.
@@ -52,7 +53,7 @@ def plan(
       target: A correlation to reach: also plans for the rows and passes that it took on the measured networks.
       seconds: About how long the timing may take.
 
-    Cost: loading, checking the model, and passes for about `seconds`.
+    Cost: loading, checking the model, predicting for about 5 seconds, and passes for about `seconds`.
 
     Raises:
       SpecError: All problems of the spec at once.
@@ -97,6 +98,7 @@ class _Planner:
         self.engine.check(self.examples)
         self.model_hash = model_hash(model)
         start = time.perf_counter() - begun
+        self.unablated = unablated_accuracy(model, self.examples)
         self.no_gradients: str | None = None
         self.estimator = self._estimator()
         settings = spec.settings
@@ -128,6 +130,7 @@ class _Planner:
             needs=needs,
             recommendation=advise(options, self.target),
             notes=tuple(self.notes),
+            unablated=self.unablated,
         )
 
     def _about(self) -> dict[str, Any]:

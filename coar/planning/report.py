@@ -13,6 +13,7 @@ from coar.planning.cost import Speeds
 from coar.planning.curve import CAVEAT, GRADIENT, Need, curves
 from coar.planning.memory import with_held_out
 from coar.planning.options import Option
+from coar.unablated import Unablated
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Plan:
       needs: For a target correlation, what it took on the measured networks, per way: rows per component, or passes.
       recommendation: Which option, and why.
       notes: What else to know.
+      unablated: How often the model is right before anything is ablated; None where it does not predict classes.
     """
 
     components: int
@@ -41,6 +43,7 @@ class Plan:
     needs: Mapping[str, Need]
     recommendation: str
     notes: tuple[str, ...]
+    unablated: Unablated | None = None
 
     def __repr__(self) -> str:
         return f"<Plan: {self.components:,} components, {self.examples:,} examples, {len(self.options)} options>"
@@ -62,13 +65,15 @@ class Plan:
             "speeds": asdict(self.speeds),
             "options": [option.as_dict() for option in self.options],
             "needs": {way: asdict(need) for way, need in self.needs.items()},
+            "unablated": None if self.unablated is None else self.unablated.as_dict(),
             "notes": list(self.notes),
             "caveat": CAVEAT,
         }
 
     def text(self) -> str:
         """Returns the plan for people: facts, what was timed, the options, the recommendation, the notes."""
-        parts = [self._facts(), self._timed(), self._shown().to_string(index=False)]
+        accuracy = [] if self.unablated is None else [self.unablated.text()]
+        parts = [self._facts(), *accuracy, self._timed(), self._shown().to_string(index=False)]
         parts += [self._need(way, need) for way, need in self.needs.items()]
         parts += [self.recommendation, *self.notes, CAVEAT]
         return "\n".join(parts)

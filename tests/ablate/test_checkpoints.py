@@ -64,7 +64,7 @@ def test_a_checkpoint_that_does_not_fit_lists_every_problem(tmp_path: Path) -> N
         load_weights(model, read_checkpoint(path), str(path))
     assert str(caught.value) == (
         f"{path} does not fit a Sequential:\n"
-        "  missing: 2.weight\n"
+        "  missing: 2.weight (nearest in the file: head.weight)\n"
         "  unexpected: head.weight\n"
         "  0.weight: shape (4, 5), expected (5, 4)"
     )

@@ -147,9 +147,17 @@ class Noisy(Dataset[tuple[Tensor, int]]):
         return torch.rand(2, 3), item % 2
 
 
+class Drawing(Noisy):
+    """Draws random numbers whenever it is read, and does nothing with them."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        x, y = super().__getitem__(i)
+        return torch.zeros_like(x), y
+
+
 def test_reading_a_dataset_leaves_random_state_alone(untouched: Callable[..., AbstractContextManager[None]]) -> None:
     with untouched():
-        examples = ablate.Examples(Noisy())
+        examples = ablate.Examples(Drawing())
         examples.inputs()
         assert examples.hash
         assert examples.bytes_per_example == 24
@@ -251,6 +259,8 @@ def test_inputs_of_different_shapes_are_named_when_read() -> None:
 def test_images_without_a_transform_are_named_when_read() -> None:
     from PIL import Image
 
-    examples = ablate.Examples(Listed((torch.zeros(2), 0), (Image.new("RGB", (2, 2)), 1)))
+    images = Listed((torch.zeros(2), 0), (Image.new("RGB", (2, 2)), 1))
     with pytest.raises(ablate.DataError, match=r"^The input of item 1 cannot become a tensor: .* Give numbers; images"):
-        examples.inputs()
+        ablate.Examples(images)
+    with pytest.raises(ablate.DataError, match=r"^The input of item 1 cannot become a tensor: .* Give numbers; images"):
+        ablate.Examples(images, [0, 1]).inputs()
