@@ -37,7 +37,8 @@ def require_own(model: nn.Module, copied: nn.Module) -> None:
 
     Cost: milliseconds; a look at every attribute and hook of every module, and into the functions found there.
     """
-    reached = next(_Search(model).found(copied), None)
+    search = _Search(model)
+    reached = next(chain(search.proxies(model), search.found(copied)), None)
     if reached is not None:
         where, what = reached
         raise GatingError(
@@ -57,13 +58,21 @@ class _Search:
         self._seen: set[int] = set()
         self._alive: list[Any] = []  # what was seen: else another object could get its id
 
+    def proxies(self, model: nn.Module) -> Iterator[tuple[str, str]]:
+        """Yields (where in the original, what of it): weak proxies, of which a copy holds a copy of its own."""
+        for name, module in model.named_modules():
+            for key, value in vars(module).items():
+                for item in _items(value):
+                    if type(item) in weakref.ProxyTypes and id(_target(item)) in self._modules:
+                        yield f"{key} of {_said(name, module)} (a weak proxy)", self._name(item)
+
     def found(self, copied: nn.Module) -> Iterator[tuple[str, str]]:
         """Yields (where in the copy, what of the original)."""
         for name, module in copied.named_modules():
             if id(module) in self._seen:
                 continue
             self._seen.add(id(module))
-            what = f"module {name!r}" if name else f"the {type(module).__name__} itself"
+            what = _said(name, module)
             if id(module) in self._modules:
                 yield f"{what}, which is its own copy,", self._name(module)
             for key, value in vars(module).items():
@@ -77,7 +86,7 @@ class _Search:
         """Looks into an attribute: tensors and modules that it holds openly are copies by now, functions are not."""
         for item in _items(value):
             if isinstance(item, nn.Module):
-                if type(item) in weakref.ProxyTypes or id(item) in self._modules:
+                if id(item) in self._modules:
                     yield where, self._name(item)
                 elif id(item) not in self._seen:  # one that the model does not list, in a list of its own
                     yield from self.found(item)
@@ -128,6 +137,10 @@ class _Search:
             return repr(self._tensors.get(id(value), stored))
         name = self._modules.get(id(value))
         return f"module {name!r}" if name else "the whole" if name is not None else f"a {type(value).__name__}"
+
+
+def _said(name: str, module: nn.Module) -> str:
+    return f"module {name!r}" if name else f"the {type(module).__name__} itself"
 
 
 def _target(value: Any) -> Any:
