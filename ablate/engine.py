@@ -34,7 +34,7 @@ from ablate.data import Examples
 from ablate.errors import DataError, GatingError, OutOfMemoryError, UnknownNameError
 from ablate.explain import explain
 from ablate.faithful import doubts
-from ablate.machine import ATTENTION, Machine, Speed, sample_rows
+from ablate.machine import ATTENTION, Machine, Speed, some_of_all
 from ablate.memory import MemoryPlan
 from ablate.outputs import Output, get_output
 from ablate.placing import Placed, two_inputs
@@ -338,9 +338,7 @@ class Engine:
             self._runner.checked.clear()
             return self._runner
         inputs = two_inputs(examples, self.device)
-        rows = sample_rows(self.index)
-        closed = [self.index.select(torch.nonzero(~row).flatten().tolist()) for row in rows]
-        doubt = doubts(self._live, self._model, closed, telling(inputs))
+        doubt = doubts(self._live, self._model, some_of_all(self.index), telling(inputs))
         machine = Machine(
             self._model,
             self.index,

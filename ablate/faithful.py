@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -33,35 +33,33 @@ class UnprovenError(GatingError):
     """A copy returned something else than its original; the cause may be another, such as chance."""
 
 
-def doubts(
-    model: nn.Module, copied: nn.Module, selections: Iterable[Selection], inputs: Tensor
-) -> UnprovenError | None:
+def doubts(model: nn.Module, copied: nn.Module, selection: Selection, inputs: Tensor) -> UnprovenError | None:
     """Returns what `prove` finds where the cause may be another, for the caller to raise if it finds no other.
 
     Raises:
       GatingError: The copy does not respond; names the weights.
     """
     try:
-        prove(model, copied, selections, inputs)
+        prove(model, copied, selection, inputs)
     except UnprovenError as doubt:
         return doubt
     return None
 
 
-def prove(model: nn.Module, copied: nn.Module, selections: Iterable[Selection], inputs: Tensor) -> None:
+def prove(model: nn.Module, copied: nn.Module, selection: Selection, inputs: Tensor) -> None:
     """Raises unless a copy of a model responds to changed weights as the model itself does. Mutates nothing.
 
-    For every selection its weights become zero in the live model, which then runs, and is put back bit for bit. The
-    same is done to a copy. It must use every weight that the model uses, none of the model's own, and return the same.
+    The selection's weights become zero in the live model, which then runs, and is put back bit for bit. The same is
+    done to a copy. It must use every weight that the model uses, none of the model's own, and return the same.
     If the model's weights have changed since it was copied, they are for that time what they were.
 
     Args:
       model: The live model, on any device, in any dtype and mode.
       copied: Its copy, which has not run; copied again.
-      selections: Of components of the model's.
+      selection: What becomes zero; every weight is looked at, selected or not.
       inputs: At least one example, floating ones in any dtype.
 
-    Cost: two forwards per selection, and a copy of the model.
+    Cost: two forwards, and a copy of the model.
 
     Raises:
       GatingError: Names weights that the copy does not use, or of which it uses the original's.
@@ -70,14 +68,16 @@ def prove(model: nn.Module, copied: nn.Module, selections: Iterable[Selection], 
     trial = _placed_like(model, copy.deepcopy(copied))
     values = {name: parameter.detach() for name, parameter in trial.named_parameters()}
     theirs, ours = _storages(model), _storages(trial)
-    for selection in selections:
-        live, own = (_run(which, values, selection, _as_taken(inputs, model)) for which in (model, trial))
-        _require_own_weights(model, {theirs[s] for s in own.read & theirs.keys()}, "reads {} of the original's memory")
-        if own.error is None:
-            used = {ours[s] for s in own.read & ours.keys()}
-            left = {theirs[s] for s in live.read & theirs.keys()} - used
-            _require_own_weights(model, left & set(ours.values()), "does not use {}, which the model uses")
-        _require_equal(model, own, live)
+    inputs = _as_taken(inputs, model)
+    with lent(model, values) as memory:
+        live = _run(model, memory, selection, inputs)
+    own = _run(trial, values, selection, inputs)
+    _require_own_weights(model, {theirs[s] for s in own.read & theirs.keys()}, "reads {} of the original's memory")
+    if own.error is None:
+        used = {ours[s] for s in own.read & ours.keys()}
+        left = {theirs[s] for s in live.read & theirs.keys()} - used
+        _require_own_weights(model, left & set(ours.values()), "does not use {}, which the model uses")
+    _require_equal(model, own, live)
 
 
 @dataclass
@@ -89,19 +89,18 @@ class _Ran:
     read: set[int] = field(default_factory=set)
 
 
-def _run(model: nn.Module, values: Mapping[str, Tensor], selection: Selection, inputs: Tensor) -> _Ran:
-    """Runs a model without a selection, and puts it back; what it raises is part of the answer."""
+def _run(model: nn.Module, memory: Mapping[str, Tensor], selection: Selection, inputs: Tensor) -> _Ran:
+    """Runs a model without a selection; what it raises is part of the answer. Leaves the memory of its weights so."""
     reads = _Reads()
-    with preserved_random_state(), lent(model, values) as memory:
-        with torch.inference_mode():  # may write into what was made in it
-            attenuate_memory(memory, selection, 0.0)
-        try:
-            with torch.no_grad(), reads:
-                return _Ran(model(inputs.clone()), None, reads.storages)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a model raises on inputs it does not take
-            return _Ran(None, error, reads.storages)
+    with torch.inference_mode():  # may write into what was made in it
+        attenuate_memory(memory, selection, 0.0)
+    try:
+        with preserved_random_state(), torch.no_grad(), reads:
+            return _Ran(model(inputs.clone()), None, reads.storages)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises on inputs it does not take
+        return _Ran(None, error, reads.storages)
 
 
 class _Reads(TorchDispatchMode):

@@ -24,6 +24,7 @@ from ablate.errors import DataError, GatingError
 from ablate.folding import add_missing_biases, fold_batch_norms, norm_scale, to_precision
 from ablate.probe import ProbeReport, probe
 from ablate.reference import literal_logits
+from ablate.selection import Selection
 from ablate.weights import WeightGates
 
 ATTENTION = {
@@ -266,6 +267,16 @@ def _shared(model: nn.Module, index: ComponentIndex) -> dict[str, list[str]]:
         names.setdefault(id(parameter), []).append(name)
     found = {port.module: names[id(parameters[port.parameter])] for port in index.ports}
     return {module: others[1:] for module, others in found.items() if len(others) > 1}
+
+
+def some_of_all(index: ComponentIndex) -> Selection:
+    """Returns a fifth of the components, some of every port, but only half of those that are all that a port has."""
+    keep = sample_rows(index).all(dim=0)
+    first = 0
+    for number, port in enumerate(index.ports):
+        keep[first : first + port.count] |= port.count == 1 and number % 2 == 1
+        first += port.count
+    return index.select(torch.nonzero(~keep).flatten().tolist())
 
 
 def sample_rows(index: ComponentIndex) -> Tensor:

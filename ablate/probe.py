@@ -399,8 +399,9 @@ def find_layout_of_pairs(a: Any, b: Any, both: Any, channels: int) -> Layout | N
 
 
 def _close(one: Tensor, two: Tensor) -> bool:
-    if not two.is_floating_point():
-        return torch.equal(one, two)
+    equal = torch.equal(one, two)
+    if equal or not two.is_floating_point():
+        return equal
     # a mask's -inf or -1e9, which is the same in both, must not make room for differences between the others
     different = two[torch.isfinite(two) & (one != two)]
     scale = float(different.abs().max()) if different.numel() else 0.0

@@ -115,7 +115,7 @@ class Editor(ABC):
         with preserved_random_state(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(self.seed)
             copy = copy_of(model).eval().requires_grad_(False)
-            doubt = doubts(model, copy, [selection.sample((len(selection) + 1) // 2, seed=0)], request.inputs[:2])
+            doubt = doubts(model, copy, selection.sample((len(selection) + 1) // 2, seed=0), request.inputs[:2])
             self._check_outputs(copy, request)
             if doubt is not None:
                 raise doubt

@@ -372,7 +372,7 @@ def test_weights_made_in_inference_mode(untouched: Untouched) -> None:
         model = Net().eval()
     index = ablate.ComponentIndex.from_model(model)
     with untouched(model):
-        prove(model, copy_of(model), [index.select([0])], INPUTS[:2])
+        prove(model, copy_of(model), index.select([0]), INPUTS[:2])
 
 
 def test_a_lazy_model_is_told_to_run_once() -> None:
