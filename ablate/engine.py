@@ -135,6 +135,7 @@ class Engine:
         self._memory_budget = memory_budget
         self._self_check = self_check
         self._name = type(model).__name__
+        _require_real(model, index)
         require_apart(model, index)
         self._model = copy_of(model).eval().requires_grad_(False)
         tie(self._model)
@@ -417,6 +418,17 @@ class Engine:
                 f"The memory of {self.device} did not suffice for {self.batch_size} examples per forward. Lower "
                 f"{lower} or data_budget{precision}. Nothing of this call was kept; earlier results stay."
             ) from error
+
+
+def _require_real(model: nn.Module, index: ComponentIndex) -> None:
+    parameters = dict(model.named_parameters())
+    for port in index.ports:
+        if parameters[port.parameter].is_complex():
+            raise GatingError(
+                f"The weight {port.parameter!r} of module {port.module!r} is complex, and gates are real: outputs "
+                f"under them were never checked. Leave the module out with exclude=[{port.module!r}]; complex numbers "
+                "elsewhere in the model stay as they are."
+            )
 
 
 def _unlabelled(inputs: Tensor) -> Examples:
