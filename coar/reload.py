@@ -25,6 +25,13 @@ def reload_engine(attributions: Attributions, *, run_code: bool = False) -> tupl
       stores.StoreMismatchError: What the spec loads now is not what it loaded then.
     """
     header = attributions.header
+    imported = "imported" in header["identity"]
+    if not header["loadable"] and imported:
+        raise QueryError(
+            f"{attributions.store.where} was imported without a spec, or in part, and does not say which model and "
+            "data it is about. Import the file again, all examples of it, with spec= (`coar import ... --spec "
+            "SPEC.toml`)."
+        )
     if not header["loadable"]:
         raise QueryError(
             f"{attributions.store.where} was made from Python objects, which a store cannot load again. Use the Python "
