@@ -78,7 +78,8 @@ class ForeignAttributions:
         def some(read: Callable[[slice], Array]) -> Callable[[slice], Array]:
             def rows(span: slice) -> Array:
                 wanted = kept[span]
-                return read(slice(int(wanted[0]), int(wanted[-1]) + 1))[wanted - wanted[0]]
+                found: Array = read(slice(int(wanted[0]), int(wanted[-1]) + 1))[wanted - wanted[0]]
+                return found
 
             return rows
 

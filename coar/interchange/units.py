@@ -56,7 +56,7 @@ def standardised(weights: Array, bias: Array, kept: float) -> tuple[Array, Array
     return exact * deviation(kept), bias + kept * exact.sum(axis=1)
 
 
-def known_fraction(where: str, told: Fraction, spec: float | None, file: float | None) -> float | None:
+def known_fraction(where: str, told: float | str | None, spec: float | None, file: float | None) -> float | None:
     """Returns the ablate fraction of a fit; None: told to be unknown.
 
     Raises:
