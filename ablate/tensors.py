@@ -48,7 +48,7 @@ def refuse_tables(values: Any, what: str) -> None:
 def _unmasked(values: Any, what: str) -> Any:
     if not isinstance(values, np.ma.MaskedArray):
         return values
-    hidden = int(np.ma.count_masked(values))
+    hidden = int(np.ma.getmaskarray(values).sum())
     if hidden:
         raise DataError(
             f"{what}: {hidden:,} of {values.size:,} numbers are masked, and a model would see what the mask hides. "

@@ -18,6 +18,7 @@ from stores import AttributionStore, Rows
 from stores.schema import Location
 
 Sign = Literal["both", "positive", "negative"]
+OTHER_UNITS = "not in units of the output"
 
 
 def open_attributions(location: Location | AttributionStore) -> Attributions:
@@ -47,12 +48,36 @@ class Attributions:
     def __repr__(self) -> str:
         return (
             f"<Attributions: {len(self):,} examples x {len(self.index):,} components, "
-            f"held-out correlation {self.quality_text()}, {self.store.where}>"
+            f"held-out correlation {self.quality_text()}, {self.store.where}"
+            f"{'' if self.in_output_units else f', {OTHER_UNITS}'}>"
         )
 
     @property
+    def in_output_units(self) -> bool:
+        """Whether weights are in units of the output: not after an import whose ablate fraction was not known.
+
+        Before imports asked for it, they all copied the numbers of the file as they were.
+        """
+        identity = self.header["identity"]
+        return bool(identity["method"] != "imported" or identity.get("units") == "output")
+
+    def require_output_units(self, what: str) -> None:
+        """Raises QueryError unless weights are in units of the output, which `what` needs."""
+        if not self.in_output_units:
+            raise QueryError(
+                f"{what} needs weights in units of the output, and those of {self.store.where} are {OTHER_UNITS}: they "
+                "were imported per standard deviation of masks whose ablate fraction was not given. Import the file "
+                "again with ablate_fraction= (`coar import ... --ablate-fraction 0.05 --overwrite`)."
+            )
+
+    @cached_property
+    def lacking(self) -> frozenset[int]:
+        """Positions of examples that have no attribution: imported with `on_nan="keep"`; their weights are NaN."""
+        return frozenset(self.header.get("lacking", ()))
+
+    @property
     def weights(self) -> Rows:
-        """(examples, components) float32, in units of the output; index it to read."""
+        """(examples, components) float32, in units of the output (see `in_output_units`); index it to read."""
         return self.store.weights
 
     @property
@@ -132,13 +157,16 @@ class Attributions:
         order = _strongest(weights, k, sign)
         table = pd.DataFrame({name: self.index.columns[name][order] for name in ("id", "name", "module", "layer")})
         table = table.rename(columns={"id": "component"}).assign(weight=weights[order], stderr=stderr[order])
-        return table.assign(z=table["weight"] / table["stderr"].where(table["stderr"] > 0))
+        return self._with_units(table.assign(z=table["weight"] / table["stderr"].where(table["stderr"] > 0)))
 
     def predict(self, keep: npt.NDArray[np.bool_], examples: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
         """Returns the predicted outputs (rows, examples) float32 under keep-vectors (rows, components) bool.
 
+        Examples without an attribution have NaN, unless they are named: then they are refused.
+
         Cost: reads the examples' weights block by block; rows x components x examples multiplications.
         """
+        self.require_output_units("A prediction")
         keep = np.asarray(keep)
         if keep.dtype != np.bool_:
             raise KeepError(f"keep has dtype {keep.dtype}, expected bool (True = kept).")
@@ -172,14 +200,14 @@ class Attributions:
           stand out, all where none does.
         """
         self._check_example(example)
-        self._check_count(k, len(self) - 1, "other examples")
+        self._check_count(k, len(self) - len(self.lacking) - 1, "other examples")
         own = self.weights[example]
         few = shortlist_size(k)
         if self._compare_all(exact) or few >= len(self) - 1:
             cosine = self._cosines(np.arange(len(self)), own)
         else:
             similarity = self._projection @ self._projection[example]
-            similarity[example] = -np.inf
+            similarity[[example, *self.lacking]] = -np.inf
             cosine = self._cosines(np.argpartition(-similarity, few - 1)[:few], own)
             found = float(np.partition(cosine, -k)[-k])
             possible = similarity >= found - projection_error(found, self._projection.shape[1])
@@ -199,6 +227,7 @@ class Attributions:
             part = np.sort(positions[positions // self.store.block_examples == block])
             rows = self.weights[part[0] : part[-1] + 1]  # a run: much faster to read than rows here and there
             result[part] = cosines(rows[part - part[0]], own)
+        result[list(self.lacking)] = -np.inf
         return result
 
     @cached_property
@@ -221,13 +250,13 @@ class Attributions:
         """
         if not 0 <= component < len(self.index):
             raise QueryError(f"No component {component}: ids are 0 to {len(self.index) - 1}.")
-        self._check_count(k, len(self), "examples")
+        self._check_count(k, len(self) - len(self.lacking), "examples")
         weights, stderr = self.weights[:, component], self.stderr[:, component]
         order = _strongest(weights, k, sign)
-        return self._example_table(order.tolist()).assign(weight=weights[order], stderr=stderr[order])
+        return self._with_units(self._example_table(order.tolist()).assign(weight=weights[order], stderr=stderr[order]))
 
     def by_layer(self, examples: int | Sequence[int] | None = None) -> pd.DataFrame:
-        """Returns the weights summed over each module, averaged over examples (one, some, or all).
+        """Returns the weights summed over each module, averaged over examples (one, some, or all that have weights).
 
         Returns:
           Columns layer, module, components, weight (their sum: the predicted loss of output when the module's
@@ -238,6 +267,8 @@ class Attributions:
             raise QueryError("No examples given: pass the positions of at least one, or None for all.")
         for example in () if chosen is None else chosen:
             self._check_example(example)
+        if chosen is None and self.lacking:
+            chosen = [i for i in range(len(self)) if i not in self.lacking]
         total, absolute, count = np.zeros(len(self.index)), np.zeros(len(self.index)), 0
         for weights, _ in self._blocks(chosen):
             total += weights.sum(axis=0, dtype=np.float64)
@@ -245,7 +276,7 @@ class Attributions:
             count += len(weights)
         table = pd.DataFrame({"layer": self.index.columns["layer"], "module": self.index.columns["module"]})
         table = table.assign(components=1, weight=total / count, absolute=absolute / count)
-        return table.groupby(["layer", "module"], sort=True).sum().reset_index()
+        return self._with_units(table.groupby(["layer", "module"], sort=True).sum().reset_index())
 
     def _blocks(
         self, examples: Sequence[int] | None
@@ -257,6 +288,10 @@ class Attributions:
             part = positions[start : start + step]
             yield self.weights[part], self.bias[part]
 
+    def _with_units(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Returns a table of weights, with a column that says so where they are not in units of the output."""
+        return table if self.in_output_units else table.assign(units=OTHER_UNITS)
+
     def _example_table(self, positions: Sequence[int]) -> pd.DataFrame:
         table = self.examples.iloc[list(positions)].reset_index(drop=True)
         table.insert(0, "example", list(positions))
@@ -266,6 +301,11 @@ class Attributions:
         if not isinstance(example, (int, np.integer)) or not 0 <= example < len(self):
             raise QueryError(
                 f"No example {example!r}: positions are 0 to {len(self) - 1}. Find one by id with locate([...])."
+            )
+        if int(example) in self.lacking:
+            raise QueryError(
+                f"Example {example} ({self.examples['id'][example]!r}) has no attribution: its numbers in the imported "
+                "file are not finite. Choose another one, or compute it anew."
             )
 
     def _check_count(self, k: int, available: int, what: str) -> None:

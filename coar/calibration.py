@@ -55,6 +55,8 @@ def calibration(
     if by not in (None, "layer"):
         raise QueryError(f"by is {by!r}, expected 'layer' or None.")
     _check_same(attributions, reference)
+    for one in (attributions, reference):
+        one.require_output_units("A calibration")
     sums = _Sums(norm.ppf((1 + np.asarray(levels)) / 2), len(attributions.index))
     step = max(attributions.store.block_examples, reference.store.block_examples)
     for start in range(0, len(attributions), step):

@@ -16,6 +16,7 @@ from ablate import Examples
 from ablate.arguments import require_device
 from coar.cli_common import Json, Quiet, print_json, records, say
 from coar.cli_edit_options import Wish, option_name, with_wish
+from coar.editing.coar_edit import predicted_change
 from coar.editing.edit import Edit
 from coar.editing.edit_spec import EditSpec, read_spec
 from coar.editing.evaluate import evaluate_edit
@@ -110,11 +111,7 @@ def _edit_by_store(source: str, wish: Wish, out: Path | None, as_json: bool) -> 
         written = None if out is None else str(out)
         print_json({"edit": written, "ids": list(found.selection.ids), "details": dict(details)})
         return
-    say(
-        f"{found!r}{_arrow(out)}. Predicted change of the mean output: "
-        f"target {details['predicted_change_target']:+.3f}, reference {details['predicted_change_reference']:+.3f}",
-        found.describe(),
-    )
+    say(f"{found!r}{_arrow(out)}. {predicted_change(details)}", found.describe())
 
 
 def _edit_by_spec(source: str, wish: Wish, out: Path | None, describe: bool, quiet: bool, as_json: bool) -> None:

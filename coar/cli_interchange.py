@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 import coar
+from coar.attributions import OTHER_UNITS
 from coar.cli_common import AttributionsPath, Json, Quiet, print_json, say
 from coar.interchange import InterchangeError, export, import_attributions, import_campaign
 from coar.interchange.exporting import sidecar
 from coar.interchange.incumbent import MASKS
+from coar.interchange.units import UNKNOWN
 
 ABOUT = "What the numbers are about"
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -70,8 +72,24 @@ def import_files(
         typer.Option(help="What True means in the masks: kept (default) or ablated.", rich_help_panel=ABOUT),
     ] = None,
     ablate_fraction: Annotated[
-        float | None,
-        typer.Option(help="Share of components ablated; masks are checked against it.", rich_help_panel=ABOUT),
+        str | None,
+        typer.Option(
+            help="Share of components ablated: masks are checked against it, and it gives attributions the units of "
+            "the output. Of attributions also: unknown.",
+            rich_help_panel=ABOUT,
+        ),
+    ] = None,
+    not_standardised: Annotated[
+        bool,
+        typer.Option(
+            "--not-standardised",
+            help="Attributions that are in units of the output already, not per standard deviation of the masks.",
+            rich_help_panel=ABOUT,
+        ),
+    ] = False,
+    on_nan: Annotated[
+        str | None,
+        typer.Option(help="Examples with NaN or infinity: drop, or keep without an attribution; default: refuse."),
     ] = None,
     margins: Annotated[str | None, typer.Option(help="Of a folder with several: e.g. val_margins.")] = None,
     assume_completed: Annotated[
@@ -83,10 +101,16 @@ def import_files(
 ) -> None:
     """Read a campaign or attributions of the published code into a store, checked."""
     about: dict[str, Any] = {"spec": spec, "components": components, "examples": examples, "output": output}
-    about |= {"true_means": true_means, "ablate_fraction": ablate_fraction, "progress": not quiet}
+    fraction = _fraction(ablate_fraction)
+    about |= {"true_means": true_means, "ablate_fraction": fraction, "on_nan": on_nan, "progress": not quiet}
     if (source / MASKS).exists():
         if overwrite:
             raise InterchangeError("--overwrite is for attributions only: delete a campaign yourself, or name another.")
+        if not_standardised or fraction == UNKNOWN:
+            raise InterchangeError(
+                f"{source} is a campaign: its outputs have their own units, and its masks say what was ablated. Leave "
+                "out --not-standardised and --ablate-fraction unknown."
+            )
         campaign = import_campaign(source, out, margins=margins, assume_completed=assume_completed, **about)
         identity = campaign.header["identity"]
         facts = {
@@ -97,21 +121,44 @@ def import_files(
             "examples": campaign.example_count,
             "components": campaign.component_count,
             "ablate_fraction": identity["plan"]["ablate_fraction"],
+            "examples_dropped": identity["imported"].get("drop", 0),
         }
         text = (
             f"{campaign.rows:,} rows x {campaign.example_count:,} examples, {campaign.component_count:,} components, "
             f"{facts['ablate_fraction']:.4g} ablated, in {out}. Left out as not completed: {facts['left_out']:,} rows."
+            f"{_without(facts['examples_dropped'], 'left out')}"
         )
     else:
         if margins is not None or assume_completed:
             raise InterchangeError(
                 f"--margins and --assume-completed are for a folder with {MASKS}, and {source} has none."
             )
-        found: coar.Attributions = import_attributions(source, out, overwrite=overwrite, **about)
-        width = found.store.component_count
+        found: coar.Attributions = import_attributions(
+            source, out, overwrite=overwrite, standardised=not not_standardised, **about
+        )
+        width, dropped = found.store.component_count, found.header["identity"]["imported"].get("drop", 0)
         facts = {"store": out, "kind": "attributions", "examples": len(found), "components": width}
-        text = f"{len(found):,} attributions of {width:,} components in {out}. Quality: {found.quality_text()}."
+        facts |= {"in_output_units": found.in_output_units}
+        facts |= {"examples_dropped": dropped, "examples_without_attribution": len(found.lacking)}
+        units = "" if found.in_output_units else f" Weights are {OTHER_UNITS}: predictions will be refused."
+        text = (
+            f"{len(found):,} attributions of {width:,} components in {out}. Quality: {found.quality_text()}.{units}"
+            f"{_without(dropped, 'left out')}{_without(len(found.lacking), 'kept without an attribution')}"
+        )
     if as_json:
         print_json(facts)
     else:
         say(text)
+
+
+def _fraction(text: str | None) -> Any:
+    """Returns a number where the text is one; what is no fraction is refused where it is used."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _without(count: int, how: str) -> str:
+    """Returns what became of examples whose numbers are not finite, as a sentence; "" if there are none."""
+    return f" {count:,} {'example' if count == 1 else 'examples'} with NaN or infinity {how}." if count else ""

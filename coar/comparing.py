@@ -92,11 +92,15 @@ def compare(a: Attributions, b: Attributions, *, k: int | None = None) -> Compar
         components.
     """
     _check_index(a, b)
+    if a.in_output_units != b.in_output_units:
+        for one in (a, b):
+            one.require_output_units("A comparison with attributions in units of the output")
     count = len(a.index)
     k = min(TOP, count) if k is None else k
     if not 1 <= k <= count:
         raise QueryError(f"k is {k}, expected 1 to {count}: there are {count} components.")
     matched = _matched(a, b)
+    matched = matched[~(matched["example_a"].isin(a.lacking) | matched["example_b"].isin(b.lacking))]
     parts, sums = [], np.zeros((3, count))
     step = max(a.store.block_examples, b.store.block_examples)
     for start in range(0, len(matched), step):

@@ -260,6 +260,7 @@ def evaluate(
         that the attributions are not about.
       KeepError: A fraction that is not between 0 and 1.
     """
+    attributions.require_output_units("An evaluation")
     _check_subject(attributions, engine, examples, rows, seed)
     fitted_at = attributions.header["identity"]["of"]["plan"]["ablate_fraction"]
     fractions = _as_fractions(fitted_at if ablate_fraction is None else ablate_fraction)

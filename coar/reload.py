@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ablate import CampaignSpec, Engine, Examples, model_hash, preserved_random_state
+from ablate.changed_data import what_changed
 from coar.attributions import Attributions
 from coar.errors import QueryError
 from stores import StoreMismatchError, differences
@@ -25,6 +26,13 @@ def reload_engine(attributions: Attributions, *, run_code: bool = False) -> tupl
       stores.StoreMismatchError: What the spec loads now is not what it loaded then.
     """
     header = attributions.header
+    imported = "imported" in header["identity"]
+    if not header["loadable"] and imported:
+        raise QueryError(
+            f"{attributions.store.where} was imported without a spec, or in part, and does not say which model and "
+            "data it is about. Import the file again, all examples of it, with spec= (`coar import ... --spec "
+            "SPEC.toml`)."
+        )
     if not header["loadable"]:
         raise QueryError(
             f"{attributions.store.where} was made from Python objects, which a store cannot load again. Use the Python "
@@ -43,9 +51,9 @@ def reload_engine(attributions: Attributions, *, run_code: bool = False) -> tupl
     of = header["identity"]["of"]
     found = differences({"model": of["model"], "data": of["data"]}, {"model": model_hash(model), "data": examples.hash})
     if found:
-        raise StoreMismatchError(
-            attributions.store.where, found, "The checkpoint or data file has changed since. Restore the original."
-        )
+        why = what_changed(attributions.store.examples, examples)
+        advice = f"{why} The checkpoint or data file has changed since. Restore the original.".lstrip()
+        raise StoreMismatchError(attributions.store.where, found, advice)
     return spec.make_engine(model, attributions.index), examples
 
 

@@ -18,7 +18,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from coar import plots
-from coar.attributions import Attributions
+from coar.attributions import OTHER_UNITS, Attributions
+from coar.editing.coar_edit import predicted_change
 from coar.editing.edit import Edit
 
 _NOTHING_SAMPLED = (
@@ -153,7 +154,11 @@ def _origin(attributions: Attributions) -> str:
     identity = attributions.header["identity"]
     size = f"{len(attributions):,} examples x {len(attributions.index):,} components"
     if identity["method"] == "imported":
-        return f"{size}, imported from {identity['imported']['file']}."
+        units = (
+            "" if attributions.in_output_units else f" Weights are {OTHER_UNITS}: the ablate fraction was not known."
+        )
+        lacking = f" {len(attributions.lacking):,} examples have no attribution." if attributions.lacking else ""
+        return f"{size}, imported from {identity['imported']['file']}.{units}{lacking}"
     if not _from_model(identity):
         return f"{size}, by {identity['method']} on {identity['rows']:,} keep-vectors of a campaign."
     passes = attributions.quality["passes"]
@@ -165,11 +170,9 @@ def edit_section(edit: Edit) -> Section:
     """Returns what an edit touches, and what the attributions expect of it."""
     details = edit.details
     text = [f"{edit.method}: {edit.operation} {len(edit.selection)} components at alpha = {edit.alpha:g}."]
-    if "predicted_change_target" in details:
-        text.append(
-            f"Predicted change of the mean output: target {details['predicted_change_target']:+.3f}, reference "
-            f"{details['predicted_change_reference']:+.3f} (the harm done elsewhere)."
-        )
+    expected = predicted_change(details)
+    if expected:
+        text.append(f"{expected}{' (the harm done elsewhere)' if 'predicted_change_target' in details else ''}.")
     return Section("The edit", text=text, tables={"Components touched": edit.describe()})
 
 

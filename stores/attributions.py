@@ -160,10 +160,12 @@ class AttributionStore:
     def write_block(self, block: int, values: Mapping[str, npt.NDArray[Any]]) -> bool:
         """Writes `weights`, `stderr`, `bias` and `quality/*` of a block of examples, then marks it finished.
 
-        Only quality may hold NaN: the number is undefined there. Returns False, and changes nothing, if the block was
-        finished already.
+        Only quality may hold NaN: the number is undefined there; and in a store that says in `lacking` which examples
+        have no attribution, theirs. Returns False, and changes nothing, if the block was finished already.
         """
-        return self.blocks.write(block, values, undefined=[f"quality/{name}" for name in self.quality_names])
+        undefined = [f"quality/{name}" for name in self.quality_names]
+        undefined += ["weights", "stderr", "bias"] if self.header.get("lacking") else []
+        return self.blocks.write(block, values, undefined=undefined)
 
     def span(self, block: int) -> slice:
         """Returns the examples of a block."""

@@ -6,7 +6,7 @@ examples; ablate the k smallest to raise the target's output relative to the ref
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from ablate import ComponentIndex, Engine, Examples, Margin, Selection
 from ablate.outputs import predictions_correct
-from coar.attributions import Attributions
+from coar.attributions import OTHER_UNITS, Attributions
 from coar.editing.edit import Edit
 from coar.errors import EditError
 from coar.metrics import group_accuracy
@@ -75,6 +75,7 @@ class Ranking:
       target_weights, reference_weights: Mean attribution of each, in the same order: what ablating takes away.
       base: Hash of the model's weights.
       target, reference: Positions of the examples that were compared.
+      in_output_units: Whether the attributions are in units of the output: else no change of it is predicted.
     """
 
     index: ComponentIndex
@@ -86,6 +87,7 @@ class Ranking:
     base: str
     target: tuple[int, ...]
     reference: tuple[int, ...]
+    in_output_units: bool = True
 
     def within(self, selection: Selection) -> Ranking:
         """Returns this ranking of some components only: the others are never ablated.
@@ -124,10 +126,12 @@ class Ranking:
             "scores": [float(score) for score in self.scores[:k]],
             "target": list(self.target),
             "reference": list(self.reference),
-            # what the attributions expect: the reference's change is the harm done
-            "predicted_change_target": -float(self.target_weights[:k].sum()),
-            "predicted_change_reference": -float(self.reference_weights[:k].sum()),
         }
+        if self.in_output_units:  # what the attributions expect: the reference's change is the harm done
+            details["predicted_change_target"] = -float(self.target_weights[:k].sum())
+            details["predicted_change_reference"] = -float(self.reference_weights[:k].sum())
+        else:
+            details["weights"] = OTHER_UNITS
         return Edit(self.index.select(self.ids[:k]), base=self.base, method="COAR-Edit", details=details)
 
 
@@ -168,8 +172,13 @@ def rank_components(
     both = sorted(set(target) & set(reference))
     if both:
         raise EditError(f"Examples {both[:5]} are in target and reference: each example can be in one only.")
+    without = sorted(attributions.lacking & {*map(int, target), *map(int, reference)})
+    if without:
+        raise EditError(
+            f"Example {without[0]} has no attribution: its numbers in the imported file are not finite. Leave it out."
+        )
     weights = (attributions.weights[np.asarray(positions)] for positions in (target, reference))
-    return rank_weights(
+    ranking = rank_weights(
         attributions.index,
         *weights,
         direction=direction,
@@ -178,6 +187,17 @@ def rank_components(
         reference=reference,
         ddof=ddof,
     )
+    return replace(ranking, in_output_units=attributions.in_output_units)
+
+
+def predicted_change(details: Mapping[str, Any]) -> str:
+    """Returns what an edit's attributions expect of it, as a sentence without a full stop; "" if they say nothing."""
+    if "predicted_change_target" in details:
+        target, reference = details["predicted_change_target"], details["predicted_change_reference"]
+        return f"Predicted change of the mean output: target {target:+.3f}, reference {reference:+.3f}"
+    if "weights" in details:
+        return f"No change of the output is predicted: the attributions are {details['weights']}"
+    return ""
 
 
 def rank_weights(

@@ -30,15 +30,16 @@ def export(
 ) -> Path:
     """Returns the path of a file with all attributions of a finished store, written whole or not at all.
 
-    Formats; weights and standard errors are float32, in units of the output:
+    Formats; weights and standard errors are float32, in units of the output (but for pt):
       parquet: One row per example: example (position), id, label, group, bias, the quality columns, and the lists
         `weights` and `stderr` with one number per component. Beside it NAME.components.parquet: one row per component.
         With `k` a long table: example, id, component, name, layer, weight, stderr; beside it NAME.examples.parquet.
       csv: The long table, of all components or of the k strongest, beside it NAME.examples.csv with bias and quality.
       npz: weights, stderr (examples, components), bias, quality_*, example_*, component_* and a JSON header; no
         pickle. `coar.import_attributions` gives the same store again.
-      pt: The published code's layout: `weight` (components, examples) and `bias`; reads with
-        `torch.load(weights_only=True)`. Standard errors and names are not in it.
+      pt: The published code's layout and units: `weight` (components, examples) per standard deviation of the masks,
+        and `bias`, the mean output; beside them `ablate_fraction`. Reads with `torch.load(weights_only=True)`. Standard
+        errors and names are not in it.
 
     Args:
       attributions: Attributions, their store, or where it is. It is not changed.
@@ -51,7 +52,8 @@ def export(
       bytes for each example and component.
 
     Raises:
-      InterchangeError: No format goes with this ending, or k is out of range or has no meaning in this format.
+      InterchangeError: No format goes with this ending, pt goes without a known ablate fraction, or k is out of range
+        or has no meaning in this format.
       stores.StoreExistsError: A file is there already.
       stores.UnfinishedStoreError: The store is not finished.
       ablate.LoadError: Parquet, and pyarrow is not installed.

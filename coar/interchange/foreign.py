@@ -6,7 +6,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from coar.interchange.errors import InterchangeError
 from coar.interchange.npz import HEADER, NpzRows
 from coar.interchange.slabs import SLAB_BYTES
 from coar.interchange.subject import Subject
-from coar.interchange.torch_file import read_torch_file
+from coar.interchange.torch_file import OPTIONAL, read_torch_file
 
 Array = npt.NDArray[Any]
 
@@ -35,6 +35,7 @@ class ForeignAttributions:
       bias: (examples,).
       quality: Columns (examples,); `correlation` is among them, NaN where it is not known.
       header, columns: What an .npz of ours says of its making, and its table of examples; empty for other files.
+      ablate_fraction: Of the fit, where the file says it.
     """
 
     path: Path
@@ -46,9 +47,15 @@ class ForeignAttributions:
     quality: dict[str, Array]
     header: Mapping[str, Any] = field(default_factory=dict)
     columns: dict[str, Array] = field(default_factory=dict)
+    ablate_fraction: float | None = None
 
-    def check(self) -> None:
-        """Raises InterchangeError unless all weights, standard errors and biases are finite in float32."""
+    def not_finite(self) -> tuple[npt.NDArray[np.int64], str]:
+        """Returns the examples with a number that is not finite in float32, ascending, and the first such number.
+
+        Cost: reads all weights, standard errors and biases.
+        """
+        lost: list[npt.NDArray[np.int64]] = []
+        first = ""
         step = max(1, SLAB_BYTES // (8 * self.components))
         for start in range(0, self.examples, step):
             span = slice(start, min(start + step, self.examples))
@@ -56,15 +63,35 @@ class ForeignAttributions:
             if self.stderr is not None:
                 parts["stderr"] = self.stderr(span)
             for name, values in parts.items():
-                with np.errstate(over="ignore"):  # what float32 cannot hold is named below
-                    lost = np.argwhere(~np.isfinite(values.astype(np.float32)))
-                if len(lost):
-                    example, *component = (int(i) for i in lost[0])
+                with np.errstate(over="ignore"):  # what float32 cannot hold is infinite then
+                    found = np.argwhere(~np.isfinite(values.astype(np.float32)))
+                if len(found):
+                    example, *component = (int(i) for i in found[0])
                     at = f"example {start + example}" + "".join(f", component {c}" for c in component)
-                    raise InterchangeError(
-                        f"{self.path}: {name} of {at} is {values[tuple(lost[0])]}, expected a finite number. Nothing "
-                        "was imported. Leave such examples out of the file."
-                    )
+                    first = first or f"{name} of {at} is {values[tuple(found[0])]}"
+                    lost.append(start + found[:, 0])
+        return np.unique(np.concatenate(lost)) if lost else np.zeros(0, dtype=np.int64), first
+
+    def only(self, kept: npt.NDArray[np.int64]) -> ForeignAttributions:
+        """Returns these attributions of some examples alone, ascending."""
+
+        def some(read: Callable[[slice], Array]) -> Callable[[slice], Array]:
+            def rows(span: slice) -> Array:
+                wanted = kept[span]
+                found: Array = read(slice(int(wanted[0]), int(wanted[-1]) + 1))[wanted - wanted[0]]
+                return found
+
+            return rows
+
+        return replace(
+            self,
+            examples=len(kept),
+            weights=some(self.weights),
+            stderr=None if self.stderr is None else some(self.stderr),
+            bias=self.bias[kept],
+            quality={name: values[kept] for name, values in self.quality.items()},
+            columns={name: values[kept] for name, values in self.columns.items()},
+        )
 
     def own_subject(self) -> Subject:
         """Returns what an .npz of ours says it is about. A spec in a file is never loaded: `loadable` is False."""
@@ -106,7 +133,7 @@ def opened(path: Path) -> Iterator[ForeignAttributions]:
                 stderr = stack.enter_context(closing(NpzRows(path, archive, "stderr")))
                 source = _exported(path, weights, stderr, arrays)
             else:
-                source = _published(path, {name: arrays[name] for name in names & {"weight", "bias", "lam"}})
+                source = _published(path, {name: arrays[name] for name in names & {"weight", "bias", *OPTIONAL}})
         except InterchangeError:
             raise
         except Exception as error:  # numpy, zipfile and json raise many types
@@ -141,8 +168,18 @@ def _published(path: Path, arrays: Mapping[str, Array]) -> ForeignAttributions:
                 f"{path}: lam has shape {quality['lam'].shape}, expected {bias.shape}, one penalty per example. Leave "
                 "it out of the file if it is something else."
             )
+    fraction = arrays.get("ablate_fraction")
+    if fraction is not None and fraction.shape != ():
+        raise InterchangeError(f"{path}: ablate_fraction has shape {fraction.shape}, expected one number.")
     return ForeignAttributions(
-        path, weight.shape[1], weight.shape[0], lambda span: weight[:, span].T, None, bias, quality
+        path,
+        weight.shape[1],
+        weight.shape[0],
+        lambda span: weight[:, span].T,
+        None,
+        bias,
+        quality,
+        ablate_fraction=None if fraction is None else float(fraction),
     )
 
 

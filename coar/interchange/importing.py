@@ -6,11 +6,12 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import stores
 from ablate.campaign import package_versions
 from ablate.progress import progress_bar
+from coar.interchange.errors import InterchangeError
 from coar.interchange.incumbent import MarginFolder, Meaning, ablated_share
 from coar.interchange.subject import Components, Spec, Subject, Table
 from stores import CampaignStore, StoreMismatchError, StoreNotFoundError
@@ -32,6 +33,7 @@ def import_campaign(
     examples: Table | None = None,
     output: str | None = None,
     assume_completed: bool = False,
+    on_nan: Literal["drop"] | None = None,
     progress: bool = False,
 ) -> CampaignStore:
     """Returns a campaign store with the completed rows of a folder of the published code. The folder is unchanged.
@@ -53,21 +55,25 @@ def import_campaign(
       examples: Without a spec: a table with id and, if known, label and group. None: "0", "1", ...
       output: Without a spec: what the margins are; None: "margin".
       assume_completed: Take all rows where `_completed.npy` is missing.
+      on_nan: "drop" leaves out examples with a margin that is not finite in any completed row. None: refused.
       progress: Show a progress bar on stderr.
 
     Returns:
       The store, complete: `keep` (rows, components) True = kept, `outputs` (rows, examples) float32. Its identity
       names the files with their sha256.
 
-    Cost: reads the files three times (check, sha256, copy), some megabytes at a time.
+    Cost: reads the files four times (two checks, sha256, copy), some megabytes at a time.
 
     Raises:
       InterchangeError: Files are missing or do not fit together or what was said of them; a completed row was never
-        written or holds NaN. Nothing is then written.
+        written, or holds NaN (see `on_nan`). Nothing is then written.
       stores.StoreMismatchError: There is another campaign at `store`.
     """
+    if on_nan not in (None, "drop"):
+        raise InterchangeError(f"on_nan is {on_nan!r}, expected 'drop': a campaign holds finite outputs only.")
     files = MarginFolder.open(Path(folder), margins, assume_completed)
     subject = Subject.of(str(folder), (files.components, files.examples), spec, components, examples, output)
+    files = files.without_nan(on_nan)
     said = subject.ablate_fraction if ablate_fraction is None else ablate_fraction
     share, meaning = ablated_share(files, true_means, said)
     plan = {
@@ -83,6 +89,9 @@ def import_campaign(
         "all_assumed_completed": files.all_completed,
         "true_means": meaning,
     }
+    if files.kept is not None:
+        subject = subject.only(files.kept)
+        source["drop"] = files.examples - files.example_count
     campaign = _open_or_create(store, files, subject, {**subject.identity(plan), "imported": source})
     missing = campaign.missing_blocks()
     with progress_bar("import", campaign.rows, campaign.progress.finished_rows, "row", progress) as bar:
@@ -100,7 +109,7 @@ def _open_or_create(
     try:
         campaign = CampaignStore.open(place, mode="r+")
     except StoreNotFoundError:
-        each = 4 * files.examples + files.components
+        each = 4 * files.example_count + files.components
         return CampaignStore.create(
             place,
             header={

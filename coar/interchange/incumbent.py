@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ class MarginFolder:
       rows_in_files: How many rows the files have room for.
       components, examples: The other lengths.
       all_completed: Whether there was no `_completed.npy`, and all rows count as completed because the user said so.
+      kept: The positions of the examples that are read; None: all.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class MarginFolder:
     components: int
     examples: int
     all_completed: bool
+    kept: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def open(cls, path: Path, margins: str | None, assume_completed: bool) -> MarginFolder:
@@ -95,6 +97,8 @@ class MarginFolder:
         masks = np.asarray(_memmap(self.path / MASKS)[rows])
         with np.errstate(over="ignore"):  # float64 that float32 cannot hold: found as infinite, and named
             margins = np.asarray(_memmap(self.path / self.margins)[rows]).astype(np.float32)
+        if self.kept is not None:
+            margins = margins[:, self.kept]
         return masks, margins
 
     def chunks(self) -> Iterator[tuple[npt.NDArray[np.int64], Bools, npt.NDArray[np.float32]]]:
@@ -104,11 +108,46 @@ class MarginFolder:
             rows = self.rows[start : start + step]
             yield rows, *self.take(rows)
 
+    def without_nan(self, on_nan: Literal["drop"] | None) -> MarginFolder:
+        """Returns the folder without the examples that have a margin which is not finite in a completed row.
+
+        Cost: reads the files once.
+
+        Raises:
+          InterchangeError: There are some and `on_nan` is not "drop", or there is no other example.
+        """
+        lost, first = np.zeros(self.examples, dtype=np.bool_), ""
+        for rows, _, margins in self.chunks():
+            found = np.argwhere(~np.isfinite(margins))
+            if len(found):
+                row, example = (int(i) for i in found[0])
+                first = first or f"row {rows[row]}, example {example} is {margins[row, example]}"
+                lost[found[:, 1]] = True
+        if not first:
+            return self
+        count = int(lost.sum())
+        if on_nan != "drop" or count == self.examples:
+            which = "1 example has" if count == 1 else f"{count:,} examples have"
+            leave = (
+                "pass on_nan='drop' (`--on-nan drop`) to leave these examples out, or " if count < self.examples else ""
+            )
+            raise InterchangeError(
+                f"{self.path / self.margins}: {first}, expected a finite number; {which} such numbers, of "
+                f"{self.examples:,}. Nothing was imported. To go on, {leave}set {COMPLETED} to False in the rows that "
+                "have them."
+            )
+        return replace(self, kept=np.flatnonzero(~lost))
+
+    @property
+    def example_count(self) -> int:
+        """How many examples are read."""
+        return self.examples if self.kept is None else len(self.kept)
+
     def true_share(self) -> float:
         """Returns the share of True among the masks of the completed rows, having looked at every number.
 
         Raises:
-          InterchangeError: A completed row was never written, or a margin is not finite.
+          InterchangeError: A completed row was never written.
         """
         total = 0
         for rows, masks, margins in self.chunks():
@@ -118,14 +157,6 @@ class MarginFolder:
                 raise InterchangeError(
                     f"{self.path}: row {rows[empty[0]]} is marked completed, but all of it is zero, as in a row that "
                     f"was never written. Compute it again, or set {COMPLETED}[{rows[empty[0]]}] to False."
-                )
-            lost = np.argwhere(~np.isfinite(margins))
-            if len(lost):
-                row, example = (int(i) for i in lost[0])
-                raise InterchangeError(
-                    f"{self.path / self.margins}: row {rows[row]}, example {example} is {margins[row, example]}, "
-                    f"expected a finite number. Nothing was imported. Set {COMPLETED}[{rows[row]}] to False to leave "
-                    "the row out."
                 )
             total += int(counts.sum())
         return total / (len(self.rows) * self.components)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,11 @@ class Subject:
                     f"very {what}, in the order of the file."
                 )
         return found
+
+    def only(self, kept: npt.NDArray[np.int64]) -> Subject:
+        """Returns the subject with some of its examples: no data set that a spec loads has these alone."""
+        examples = {name: values[kept] for name, values in self.examples.items()}
+        return replace(self, examples=examples, data=NOT_KNOWN, loadable=False)
 
     def identity(self, plan: dict[str, Any]) -> dict[str, Any]:
         """Returns what estimates from this import are bound to, with a plan of keep-vectors."""

@@ -42,7 +42,7 @@ def test_export(run: Run, run_json: Callable[..., Any], folder: Path, tmp_path: 
     found = run_json("export", store, "--out", tmp_path / "a.bin", "--format", "pt")
     assert found["files"] == {str(tmp_path / "a.bin"): (tmp_path / "a.bin").stat().st_size}
     weight = torch.load(tmp_path / "a.bin", weights_only=True)["weight"]
-    np.testing.assert_array_equal(weight.numpy().T, opened.weights[:])
+    np.testing.assert_allclose(weight.numpy().T, opened.weights[:] * (0.05 * 0.95) ** 0.5, rtol=1e-6)
 
 
 def test_export_replaces_only_when_asked(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -90,6 +90,7 @@ def test_import_a_campaign_and_fit_it(
         "examples": 16,
         "components": 736,
         "ablate_fraction": 0.05,
+        "examples_dropped": 0,
     }
     assert run_json("status", out)["finished_rows"] == 58
     assert run_json("fit", out, "--quiet")["rows"] == 58
@@ -108,7 +109,8 @@ def test_import_attributions_without_names(
     code, text, err = run("import", tmp_path / "a.pt", "--out", out, "--quiet")
     assert (code, err) == (0, "")
     assert text == f"16 attributions of 736 components in {out}. Quality: not measured.\n"
-    facts = {"store": str(out), "kind": "attributions", "examples": 16, "components": 736}
+    facts = {"store": str(out), "kind": "attributions", "examples": 16, "components": 736, "in_output_units": True}
+    facts |= {"examples_dropped": 0, "examples_without_attribution": 0}
     assert run_json("import", tmp_path / "a.pt", "--out", out, "--quiet") == facts
     top = run_json("top", out, "--example", "3", "-k", "4")
     expected = coar.open_attributions(folder / "campaign-attributions.zarr").top(3, 4)

@@ -134,13 +134,15 @@ def test_npz_gives_the_same_attributions_back(attributions: coar.Attributions, t
 
 def test_pt_is_read_as_the_published_code_reads_it(attributions: coar.Attributions, tmp_path: Path) -> None:
     loaded = torch.load(export(attributions, tmp_path / "a.pt"), weights_only=True)
-    assert set(loaded) == {"weight", "bias"}
+    assert set(loaded) == {"weight", "bias", "ablate_fraction"}
     assert loaded["weight"].shape == (5, 7)  # components, examples
-    scores = loaded["weight"].T.float()
-    np.testing.assert_array_equal(scores.numpy(), attributions.weights[:], strict=True)
-    keep = np.array([True, False, False, True, True])
-    predicted = scores[:, torch.from_numpy(keep)].sum(dim=1) + loaded["bias"]
-    np.testing.assert_allclose(predicted.numpy(), attributions.predict(keep[None])[0], rtol=1e-6)
+    fraction = attributions.header["identity"]["of"]["plan"]["ablate_fraction"]
+    assert float(loaded["ablate_fraction"]) == fraction
+    # the published solver sees standardised masks
+    keep = torch.tensor([[True, False, False, True, True]])
+    seen = (keep.float() - (1 - fraction)) / (fraction * (1 - fraction)) ** 0.5
+    predicted = seen @ loaded["weight"] + loaded["bias"]
+    np.testing.assert_allclose(predicted.numpy(), attributions.predict(keep.numpy()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ending", FORMATS)

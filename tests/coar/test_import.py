@@ -254,12 +254,27 @@ def test_a_number_that_is_none_is_named(published: Path, tmp_path: Path, margins
     spoilt[100, 4] = value
     _overwrite(published / "test_margins.npy", spoilt)
     message = (
-        f"{published}/test_margins.npy: row 100, example 4 is {value}, expected a finite number. Nothing was imported. "
-        "Set _completed.npy[100] to False to leave the row out."
+        f"{published}/test_margins.npy: row 100, example 4 is {value}, expected a finite number; 1 example has such "
+        f"numbers, of {EXAMPLES}. Nothing was imported. To go on, pass on_nan='drop' (`--on-nan drop`) to leave these "
+        "examples out, or set _completed.npy to False in the rows that have them."
     )
     with pytest.raises(InterchangeError, match=f"^{re.escape(message)}$"):
         import_campaign(published, tmp_path / "a.zarr")
     assert not (tmp_path / "a.zarr").exists()
+
+
+def test_examples_with_nan_are_left_out_when_asked(published: Path, tmp_path: Path, margins: Floats) -> None:
+    whole = import_campaign(published, tmp_path / "whole.zarr")
+    spoilt = margins.copy()
+    spoilt[100, 4] = np.nan
+    _overwrite(published / "test_margins.npy", spoilt)
+    campaign = import_campaign(published, tmp_path / "a.zarr", on_nan="drop")
+    kept = [i for i in range(EXAMPLES) if i != 4]
+    np.testing.assert_array_equal(campaign.outputs[:], whole.outputs[:][:, kept])
+    assert campaign.examples["id"].tolist() == [str(i) for i in kept]
+    assert campaign.header["identity"]["imported"]["drop"] == 1
+    with pytest.raises(InterchangeError, match=r"on_nan is 'keep', expected 'drop': a campaign holds finite outputs"):
+        import_campaign(published, tmp_path / "b.zarr", on_nan="keep")  # type: ignore[arg-type]
 
 
 def test_a_number_too_large_for_float32_is_named(published: Path, tmp_path: Path, margins: Floats) -> None:

@@ -8,6 +8,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from coar.interchange import InterchangeError, attribution_files, export, foreig
 from coar.reload import reload_engine
 
 COMPONENTS, EXAMPLES = 10, 7
+_verbatim = partial(import_attributions, standardised=False)  # of files whose numbers have our units
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def file(tmp_path: Path, published: dict[str, torch.Tensor]) -> Path:
 
 
 def test_a_published_file_becomes_attributions(file: Path, tmp_path: Path, published: dict[str, torch.Tensor]) -> None:
-    found = import_attributions(file, tmp_path / "a.zarr")
+    found = _verbatim(file, tmp_path / "a.zarr")
     np.testing.assert_array_equal(found.weights[:], published["weight"].T.float().numpy(), strict=True)
     np.testing.assert_array_equal(found.bias[:], published["bias"].numpy(), strict=True)
     np.testing.assert_array_equal(found.stderr[:], np.zeros((EXAMPLES, COMPONENTS), dtype=np.float32), strict=True)
@@ -57,6 +59,7 @@ def test_a_published_file_becomes_attributions(file: Path, tmp_path: Path, publi
     assert found.header["identity"] == {
         "method": "imported",
         "held_out": False,
+        "units": "output",
         "imported": {
             "file": "published.pt",
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -78,9 +81,9 @@ def test_predictions_are_those_of_the_published_code(
     keep = np.random.default_rng(1).random((4, COMPONENTS)) < 0.8
     scores = published["weight"].T.float()
     expected = torch.stack([scores[:, torch.from_numpy(row)].sum(dim=1) + published["bias"] for row in keep])
-    found = import_attributions(file, tmp_path / "a.zarr")
+    found = _verbatim(file, tmp_path / "a.zarr")
     np.testing.assert_allclose(found.predict(keep), expected.numpy(), rtol=1e-5, atol=1e-5)
-    turned = import_attributions(file, tmp_path / "b.zarr", true_means="ablated")
+    turned = _verbatim(file, tmp_path / "b.zarr", true_means="ablated")
     expected = torch.stack([scores[:, torch.from_numpy(~row)].sum(dim=1) + published["bias"] for row in keep])
     np.testing.assert_allclose(turned.predict(keep), expected.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -88,7 +91,7 @@ def test_predictions_are_those_of_the_published_code(
 def test_the_folder_of_the_published_regression(tmp_path: Path, published: dict[str, torch.Tensor]) -> None:
     (tmp_path / "coar_attributions.pt" / "final_lambda").mkdir(parents=True)  # a folder, for all its name
     torch.save(published, tmp_path / "coar_attributions.pt" / "datamodels.pt")
-    assert len(import_attributions(tmp_path / "coar_attributions.pt", tmp_path / "a.zarr")) == EXAMPLES
+    assert len(_verbatim(tmp_path / "coar_attributions.pt", tmp_path / "a.zarr")) == EXAMPLES
 
 
 @pytest.mark.parametrize("form", ["npz", "old torch", "float64", "bfloat16", "by columns", "no lam", "gradient"])
@@ -110,14 +113,14 @@ def test_other_forms_of_the_same_numbers(tmp_path: Path, published: dict[str, to
         else:
             values["weight"] = values["weight"].to(getattr(torch, form))
         torch.save(values, path)
-    found = import_attributions(path, tmp_path / "a.zarr")
+    found = _verbatim(path, tmp_path / "a.zarr")
     np.testing.assert_array_equal(found.weights[:], values["weight"].detach().float().numpy().T, strict=True)
     assert list(found.quality) == (["correlation"] if form == "no lam" else ["correlation", "lam"])
 
 
 def test_with_a_model_an_edit_fits(file: Path, tmp_path: Path, conv_net: nn.Module) -> None:
     index = ablate.ComponentIndex.from_model(conv_net, ["conv_filter"])
-    found = import_attributions(file, tmp_path / "a.zarr", components=index)
+    found = _verbatim(file, tmp_path / "a.zarr", components=index)
     assert found.index == index
     edit = coar.coar_edit(found, [0, 1], [2, 3], k=2)
     edited = edit.apply(conv_net)
@@ -132,13 +135,14 @@ def test_with_a_spec_they_can_be_judged(folder: Path, tmp_path: Path) -> None:
     found = import_attributions(path, tmp_path / "a.zarr", spec=folder / "spec.toml")
     assert found.header["identity"]["of"]["plan"]["ablate_fraction"] == 0.05
     judged = [coar.evaluate(a, *reload_engine(a), rows=8, seed=5).fractions[0] for a in (own, found)]
-    np.testing.assert_array_equal(judged[0].correlations, judged[1].correlations)
+    np.testing.assert_allclose(judged[0].correlations, judged[1].correlations, rtol=1e-4)
+    np.testing.assert_allclose(judged[0].predicted, judged[1].predicted, rtol=1e-4, atol=1e-4)
 
 
 def test_reading_in_parts_and_going_on_change_no_number(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = import_attributions(file, tmp_path / "whole.zarr")
+    whole = _verbatim(file, tmp_path / "whole.zarr")
     monkeypatch.setattr(attribution_files, "MOST_BLOCK_EXAMPLES", 2)
     monkeypatch.setattr(foreign, "SLAB_BYTES", 1)
     original, calls = stores.AttributionStore.write_block, []
@@ -151,8 +155,8 @@ def test_reading_in_parts_and_going_on_change_no_number(
 
     monkeypatch.setattr(stores.AttributionStore, "write_block", write_block)
     with pytest.raises(KeyboardInterrupt):
-        import_attributions(file, tmp_path / "a.zarr")
-    found = import_attributions(file, tmp_path / "a.zarr")
+        _verbatim(file, tmp_path / "a.zarr")
+    found = _verbatim(file, tmp_path / "a.zarr")
     assert calls == [0, 1, 1, 2, 3]
     np.testing.assert_array_equal(found.weights[:], whole.weights[:], strict=True)
     np.testing.assert_array_equal(found.bias[:], whole.bias[:], strict=True)
@@ -162,10 +166,10 @@ def test_reading_in_parts_and_going_on_change_no_number(
 def test_other_attributions_are_replaced_only_when_asked(
     file: Path, tmp_path: Path, published: dict[str, torch.Tensor]
 ) -> None:
-    import_attributions(file, tmp_path / "a.zarr")
+    _verbatim(file, tmp_path / "a.zarr")
     with pytest.raises(stores.StoreMismatchError, match=r"imported\.true_means: kept -> ablated"):
-        import_attributions(file, tmp_path / "a.zarr", true_means="ablated")
-    found = import_attributions(file, tmp_path / "a.zarr", true_means="ablated", overwrite=True)
+        _verbatim(file, tmp_path / "a.zarr", true_means="ablated")
+    found = _verbatim(file, tmp_path / "a.zarr", true_means="ablated", overwrite=True)
     np.testing.assert_array_equal(found.weights[:], -published["weight"].T.float().numpy())
 
 
@@ -199,7 +203,7 @@ def test_arrays_that_do_not_fit_are_refused(
 ) -> None:
     torch.save({**published, **changes}, tmp_path / "a.pt")
     with pytest.raises(InterchangeError, match=re.escape(f"{tmp_path / 'a.pt'}") + ":? " + re.escape(message)):
-        import_attributions(tmp_path / "a.pt", tmp_path / "a.zarr")
+        _verbatim(tmp_path / "a.pt", tmp_path / "a.zarr")
     assert not (tmp_path / "a.zarr").exists()
 
 
@@ -213,11 +217,12 @@ def test_a_number_that_is_none_is_named(
     torch.save(spoilt, tmp_path / "a.pt")
     where = "weights of example 5, component 3" if name == "weight" else "bias of example 5"
     message = (
-        f"{tmp_path / 'a.pt'}: {where} is {value}, expected a finite number. Nothing was imported. Leave such examples "
-        "out of the file."
+        f"{tmp_path / 'a.pt'}: {where} is {value}, expected a finite number; 1 example has such numbers, of 7. "
+        "Nothing was imported. on_nan='drop' (`--on-nan drop`) leaves them out, 'keep' keeps their places without an "
+        "attribution."
     )
     with pytest.raises(InterchangeError, match=f"^{re.escape(message)}$"):
-        import_attributions(tmp_path / "a.pt", tmp_path / "a.zarr")
+        _verbatim(tmp_path / "a.pt", tmp_path / "a.zarr")
     assert not (tmp_path / "a.zarr").exists()
 
 
@@ -243,7 +248,7 @@ def test_no_code_in_a_file_is_run(
     else:
         np.savez(path, weights=arrays["weight"].T, stderr=arrays["weight"].T, bias=arrays["bias"], header=evil)
     with pytest.raises(InterchangeError, match=re.escape(str(path))) as refused:
-        import_attributions(path, tmp_path / "a.zarr")
+        _verbatim(path, tmp_path / "a.zarr")
     if form == "torch":
         assert "which is code. Files that contain code are refused, and none of it ran." in str(refused.value)
     assert "weights_only" not in str(refused.value)
@@ -390,4 +395,4 @@ def test_an_export_says_itself_what_it_is_about(exported: Path, tmp_path: Path) 
 
 def test_an_unknown_meaning_is_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ablate.errors.UnknownNameError, match=r"No meaning of True 'on'\. Known: kept, ablated"):
-        import_attributions(file, tmp_path / "a.zarr", true_means="on")  # type: ignore[arg-type]
+        _verbatim(file, tmp_path / "a.zarr", true_means="on")  # type: ignore[arg-type]
