@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ablate.copying import tied_tensors
+from ablate.sharing import overlapping
 from coar.errors import EditError
 
 _WRAPPED = "base_layer"  # what peft calls the layer inside of an adapted one
@@ -16,7 +16,7 @@ _ADAPTERS = ("lora", "adapter")
 
 def notes_on(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Returns for parameters that are more than they seem what to know when they change. Mutates nothing."""
-    groups = [list(group) for group in tied_tensors(model)]
+    groups = overlapping(_every_name(model))
     found = {}
     for name in names:
         uses = [use for group in groups if name in group for use in group]
@@ -26,6 +26,12 @@ def notes_on(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         if notes:
             found[name] = "; ".join(notes)
     return found
+
+
+def _every_name(model: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and buffers, also those that have another name already."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return dict(named)
 
 
 def note_from_names(module: str, parameter: str) -> str:
@@ -60,11 +66,12 @@ def _is_adapter(path: str) -> bool:
 
 def require_one_value(model: nn.Module, changed: Mapping[str, Tensor]) -> None:
     """Raises EditError if two parameters that are one tensor in this model are to get different values."""
-    for group in tied_tensors(model):
+    tensors = _every_name(model)
+    for group in overlapping(tensors):
         names = [name for name in group if name in changed]
         first = names[0] if names else ""
         for name in names[1:]:
-            one, two = group[first], group[name]
+            one, two = tensors[first], tensors[name]
             same = (one.storage_offset(), one.shape, one.stride()) == (two.storage_offset(), two.shape, two.stride())
             if not same or not torch.equal(changed[first], changed[name]):
                 raise EditError(
