@@ -50,7 +50,7 @@ def together(first: Edit, second: Edit) -> Edit:
         raise EditError(
             f"Both edits change weights of {', '.join(map(repr, common[:5]))}{' ...' if len(common) > 5 else ''}: what "
             "the sum means is not clear. Let them select distinct components; or apply one, then find the other on the "
-            "model that comes out."
+            "model that comes out. What is meant may be one after the other: first.then(second, any_weights=True)."
         )
     parts = (first, second) if fused else (*_parts(first), *_parts(second))
     norms = total_norms([edit.at(1.0) for edit in (first, second)] if fused else (first, second), common)
