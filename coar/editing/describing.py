@@ -41,7 +41,8 @@ def _rows(edit: Edit) -> list[dict[str, Any]]:
     totals = index.modules().groupby("module", sort=False)["components"].sum()
     with_bias = {port.module for port in index.ports if port.with_bias}
     rows: list[dict[str, Any]] = []
-    for module, part in edit.selection.table().groupby("module", sort=False):
+    for name, part in edit.selection.table().groupby("module", sort=False):
+        module = str(name)
         tensors = list(dict.fromkeys(part["parameter"]))
         if module in with_bias and "residual_branch" in set(part["kind"]):
             tensors.append(f"{module}.bias" if module else "bias")

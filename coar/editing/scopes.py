@@ -141,7 +141,8 @@ def order_of_use(model: nn.Module, inputs: Tensor) -> list[str]:
 
 def all_uses(model: nn.Module, inputs: Tensor) -> list[str]:
     """Returns the parameter's name at every use in a forward pass of the first input, in order. Mutates nothing."""
-    with _Uses({id(parameter): name for name, parameter in model.named_parameters()}) as uses, torch.no_grad():
+    uses = _Uses({id(parameter): name for name, parameter in model.named_parameters()})
+    with uses, torch.no_grad():
         model(inputs[:1])
     return uses.names_in_order
 

@@ -1,4 +1,4 @@
-"""Files of tensors and a JSON header that notice damage: a sha256 over both is written with them, and checked.
+"""Files of tensors and a JSON header that notice damage: a sha256 over both is in the header, and checked.
 
 Safetensors has no checksum of its own: one flipped bit of a weight would be read as another weight. Never code.
 """
@@ -54,8 +54,10 @@ def write_sealed(
     except (TypeError, ValueError) as error:
         raise EditError(f"{path} is not written: {error}. Details are text, numbers, lists and mappings.") from error
     values = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # within the header, because safetensors writes several entries of metadata in any order
+    sealed = json.dumps({**header, _CHECKSUM: digest(text, values)})
     with written_whole(Path(path), overwrite=True) as draft:
-        save_file(values, draft, {key: text, _CHECKSUM: digest(text, values)})
+        save_file(values, draft, {key: sealed})
 
 
 def read_sealed(path: str | os.PathLike[str], key: str) -> Sealed:
@@ -68,12 +70,12 @@ def read_sealed(path: str | os.PathLike[str], key: str) -> Sealed:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        text = metadata.get(key)
+        text = (file.metadata() or {}).get(key)
         if text is None:
-            return Sealed(None, {}, _CHECKSUM in metadata)
+            return Sealed(None, {}, checked=False)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    stored = metadata.get(_CHECKSUM)
-    if stored is not None and stored != digest(text, tensors):
+    header = json.loads(text)
+    stored = header.pop(_CHECKSUM, None) if isinstance(header, dict) else None
+    if stored is not None and stored != digest(json.dumps(header), tensors):
         raise DamagedFileError("what it holds does not have the checksum that is written in it")
-    return Sealed(json.loads(text), tensors, stored is not None)
+    return Sealed(header, tensors, stored is not None)

@@ -118,13 +118,21 @@ def test_damage_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(5)]
+    for path in paths:
+        _edit("chain").save(path)
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
 def test_a_checksum_cannot_be_left_out(tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     _edit("ablate").save(path)
     with safe_open(path, "pt") as file:
         metadata, ids = file.metadata(), file.get_tensor("component_ids")
-    del metadata["sha256"]
-    save_file({"component_ids": ids}, path, metadata)
+    header = json.loads(metadata["edit"])
+    del header["sha256"]
+    save_file({"component_ids": ids}, path, {"edit": json.dumps(header)})
     with pytest.raises(coar.EditError, match="its checksum is gone"):
         coar.load_edit(path)
 
