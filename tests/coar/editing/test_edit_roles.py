@@ -137,8 +137,8 @@ def test_applying_keeps_ties(words: nn.Module, untouched: Any) -> None:
 
 def test_one_tensor_cannot_get_two_values() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False)).eval()
+    index = _index(model)  # of a model in which they are two
     model[2].weight.data = model[0].weight.data
-    index = _index(model)
     both = coar.Edit(index.select([0, 4]))  # one row of each: the same row
     assert not both.apply(model).get_parameter("2.weight")[0].any()
     with pytest.raises(coar.EditError) as refused:
