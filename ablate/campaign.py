@@ -58,7 +58,7 @@ def run(
       retry_failed: Try blocks anew that were set aside by an earlier run.
 
     Returns:
-      The store, complete.
+      The store, complete, open for reading only.
 
     Cost: rows x examples forwards.
 
@@ -89,7 +89,7 @@ def run(
             work_through(campaign, job, environment(engine, identity["versions"]), sharing, progress)
     if settings.compact and worker is None:  # one of several would disturb the others' copies
         make_copies(place)
-    return campaign
+    return CampaignStore.open(place)
 
 
 def campaign_identity(

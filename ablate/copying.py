@@ -25,13 +25,18 @@ def copy_of(model: nn.Module) -> nn.Module:
         the original's weights; names them.
       DataError: It cannot be copied.
     """
-    return copy_with(model, {}, share=False)
+    if hasattr(model, "_orig_mod"):
+        raise GatingError(
+            f"This {type(model).__name__} is compiled: pass the module it was made of (model._orig_mod). The engine "
+            "gates first and compiles after."
+        )
+    return copy_with(model, {})
 
 
-def copy_with(model: nn.Module, weights: Mapping[str, Tensor], share: bool = True) -> nn.Module:
+def copy_with(model: nn.Module, weights: Mapping[str, Tensor], share: bool = False) -> nn.Module:
     """Returns a copy of a model with other values in some parameters, given by name. The model given is unchanged.
 
-    Parameters that lie in the memory of a named one change with it, as they would in the model.
+    Tensors that lie in the memory of a named one change with it, as they would in the model.
 
     Args:
       model: The model.
@@ -39,22 +44,20 @@ def copy_with(model: nn.Module, weights: Mapping[str, Tensor], share: bool = Tru
       share: Parameters that are not named share their memory with the model's; buffers never do, because training mode
         changes them. False: nothing is shared.
 
-    Raises: as `copy_of`.
+    Raises: as `copy_of`, but for compiled models: their copy is compiled anew.
     """
     _require_copyable(model)
     parameters = dict(model.named_parameters())
+    tensors = parameters | dict(model.named_buffers())
     with torch.inference_mode(False):
         values = {n: p.detach() for n, p in parameters.items() if share and type(p) is nn.Parameter}
         values |= {name: value.detach() for name, value in weights.items()}
-        for group in overlapping(parameters):
+        for group in overlapping(tensors):
             if not share or set(group) & set(weights):
-                values |= copied_together({name: parameters[name] for name in group})
+                values |= copied_together({name: tensors[name] for name in group})
                 for name in set(group) & set(weights):
                     values[name].copy_(weights[name])
-        memo: dict[int, object] = {
-            id(parameters[name]): nn.Parameter(value, requires_grad=parameters[name].requires_grad)
-            for name, value in values.items()
-        }
+        memo: dict[int, object] = {id(tensors[name]): _like(tensors[name], value) for name, value in values.items()}
         try:
             made = copy.deepcopy(model, memo)
         except Exception as error:  # whatever the model's own attributes raise
@@ -63,12 +66,14 @@ def copy_with(model: nn.Module, weights: Mapping[str, Tensor], share: bool = Tru
     return made
 
 
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+
+
 def _require_copyable(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        how = (
-            "compiled: pass the module it was made of (model._orig_mod)" if hasattr(model, "_orig_mod") else "scripted"
-        )
-        raise GatingError(f"This {type(model).__name__} is {how}. The engine gates first and compiles after.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise GatingError(f"This {type(model).__name__} is scripted. The engine gates first and compiles after.")
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise GatingError(

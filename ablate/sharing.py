@@ -26,8 +26,8 @@ class Extent(NamedTuple):
         """Returns the extent of a tensor, None of one that has no memory of its own (empty, meta, sparse)."""
         if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
             return None
-        last = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        start = tensor.storage_offset() * tensor.element_size()
+        last = int(sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)))
+        start = int(tensor.storage_offset()) * tensor.element_size()
         return cls(tensor.untyped_storage().data_ptr(), start, start + (last + 1) * tensor.element_size())
 
 

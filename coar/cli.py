@@ -20,6 +20,7 @@ from coar import (
     cli_campaign,
     cli_care,
     cli_edit,
+    cli_edit_info,
     cli_estimate,
     cli_interchange,
     cli_layout,
@@ -90,7 +91,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Edit and report": {
         "edit": cli_edit.edit,
-        "edit-info": cli_edit.edit_info,
+        "edit-info": cli_edit_info.edit_info,
         "report": cli_queries.report,
     },
 }

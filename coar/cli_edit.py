@@ -1,4 +1,4 @@
-"""Commands that edit: find an edit by any method, say what the methods are, and what an edit file holds."""
+"""Commands that edit: find an edit by any method, and say what the methods are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import coar
 from ablate import Examples
 from ablate.arguments import require_device
 from coar.cli_common import Json, Quiet, print_json, records, say
+from coar.cli_edit_info import facts_of
 from coar.cli_edit_options import Wish, option_name, with_wish
 from coar.editing.coar_edit import predicted_change
 from coar.editing.edit import Edit
@@ -175,7 +176,7 @@ def _show(found: Edit, out: Path | None, effect: pd.DataFrame | None, as_json: b
         print_json(
             {
                 "edit": None if out is None else str(out),
-                **_facts(found),
+                **facts_of(found),
                 "effect": None if effect is None else records(effect),
             }
         )
@@ -191,47 +192,6 @@ def _show(found: Edit, out: Path | None, effect: pd.DataFrame | None, as_json: b
 
 def _arrow(out: Path | None) -> str:
     return "" if out is None else f" -> {out}"
-
-
-def _facts(found: Edit) -> dict[str, Any]:
-    """Returns an edit as JSON-able values."""
-    return {
-        "method": found.method,
-        "operation": found.operation.name,
-        "alpha": found.alpha,
-        "base": found.base,
-        "index": found.selection.index.hash,
-        "components": len(found.selection),
-        "of": len(found.selection.index),
-        "ids": list(found.selection.ids),
-        "changes": records(found.describe()),
-        "details": dict(found.details),
-    }
-
-
-def edit_info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An edit (.safetensors) that `coar edit` wrote.")],
-    as_json: Json = False,
-) -> None:
-    """Show what an edit file touches, how much, and how it was found. No model is needed; nothing is run."""
-    found = coar.load_edit(file)
-    if as_json:
-        print_json({"edit": str(file), "bytes": file.stat().st_size, **_facts(found)})
-        return
-    base = "any model of its index" if found.base is None else f"the model with weights {found.base[:12]}"
-    say(f"{found!r}, for {base}; {file.stat().st_size:,} bytes.")
-    say("What it changes; relative_change: norm of the change over the norm of what was there.", found.describe())
-    settings = {
-        name: value for name, value in found.details.items() if isinstance(value, (str, int, float, type(None)))
-    }
-    if settings:
-        say(
-            "How it was found:", pd.DataFrame({"setting": list(settings), "value": [str(v) for v in settings.values()]})
-        )
-    log = found.details.get("log")
-    if isinstance(log, dict):
-        facts = {name: value for name, value in log.items() if isinstance(value, (str, int, float))}
-        say("Its search:", pd.DataFrame({"what": list(facts), "value": [str(v) for v in facts.values()]}))
 
 
 def _list_methods(as_json: bool) -> None:

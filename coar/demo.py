@@ -200,7 +200,7 @@ def _repair(
     candidates = sweeps["validation"].iloc[1:]  # k = 0 is no edit
     best = candidates.sort_values(["worst", "average", "k"], ascending=[False, False, True]).iloc[0]
     edit = ranking.edit(int(best["k"]))
-    after = _accuracy(edit.apply(model), digits_split("test", seed))
+    after = _accuracy(edit.apply(model, share=True), digits_split("test", seed))
     return edit, after, _repair_section(before, after, sweeps, len(edit.selection))
 
 

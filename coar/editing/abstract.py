@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ablate import ModelMismatchError, Selection, model_hash, preserved_random_state
 from ablate.copying import copy_of, device_of
 from ablate.faithful import doubts
+from ablate.sharing import tie
 from coar.editing.edit import Edit
 from coar.editing.log import EditLog
 from coar.editing.operations import Operation
@@ -115,6 +116,7 @@ class Editor(ABC):
         with preserved_random_state(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(self.seed)
             copy = copy_of(model).eval().requires_grad_(False)
+            tie(copy)  # what is one tensor trains as one
             doubt = doubts(model, copy, selection.sample((len(selection) + 1) // 2, seed=0), request.inputs[:2])
             self._check_outputs(copy, request)
             if doubt is not None:

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from ablate import ModelMismatchError, Selection, model_hash
 from ablate.copying import copy_with
 from ablate.gating import replaced
+from coar.editing.describing import description
+from coar.editing.frozen import frozen, plain_number
 from coar.editing.operations import Ablate, Operation
-from coar.editing.weights import covered, overlap
+from coar.editing.roles import notes_on, require_one_value, wrapping
+from coar.editing.weights import covered
 from coar.errors import EditError, EditMismatchError
 
 Norms = Mapping[str, tuple[float, float]]
@@ -36,7 +39,8 @@ class Edit:
       method: What found it.
       details: How: JSON-able, e.g. the ranking and the predicted effects.
       norms: Per changed parameter the norms of its original value and of its change at alpha 1, where they are known.
-      extrapolates: Whether alpha may lie outside of 0 to 1.
+      extrapolates: Whether alpha, or that of a part, may lie outside of 0 to 1.
+      notes: Per changed parameter what else is worth knowing: other uses of the tensor, adapters beside it that stay.
     """
 
     selection: Selection
@@ -47,8 +51,12 @@ class Edit:
     details: Mapping[str, Any] = field(default_factory=dict, hash=False)
     norms: Norms = field(default_factory=dict, hash=False, compare=False)
     extrapolates: bool = field(default=False, compare=False)
+    notes: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", plain_number("alpha", self.alpha))
+        for name in ("details", "norms", "notes"):
+            object.__setattr__(self, name, frozen(getattr(self, name)))
         if not isinstance(self.operation, Operation):
             raise EditError(
                 f"operation is {self.operation!r}, expected one of coar.editing.operations: Ablate(), Scale(factor), "
@@ -86,14 +94,34 @@ class Edit:
 
         return together(self, other)
 
-    def apply(self, model: nn.Module, *, any_weights: bool = False, share: bool = True) -> nn.Module:
-        """Returns a new model with the edit; the model given is unchanged.
+    def then(self, other: Edit, *, any_weights: bool = False) -> Edit:
+        """Returns the edit that does first this one, then the other: a chain, which is saved as one file.
+
+        At alpha 1 it is `other.apply(self.apply(model))`, bit for bit; in between, the models lie on the straight line
+        from the original to that end, whatever the way the links took.
+
+        Args:
+          other: Found on what this edit gives.
+          any_weights: Take also an edit that was found on other weights, e.g. on the same model as this one: its
+            change is added as a difference.
+
+        Raises:
+          EditError: They have different indices, or both were found on one model and `any_weights` is not set. Whether
+            the other was found on what this one gives is seen when the chain is applied.
+        """
+        from coar.editing.chain import chain
+
+        return chain(self, other, any_weights)
+
+    def apply(self, model: nn.Module, *, any_weights: bool = False, share: bool = False) -> nn.Module:
+        """Returns a new model with the edit; the model given is unchanged, and independent of the new one.
 
         Args:
           model: The model the edit was made for.
-          any_weights: Apply also to a model of the same structure with other weights, e.g. one edited before.
-          share: Parameters that are not edited share their memory with the model's. Pass False to train the result,
-            or to change it in place.
+          any_weights: Apply also to a model of the same structure with other weights, e.g. one edited before: a delta
+            adds its difference there, so that the order of such edits does not matter but for rounding.
+          share: Parameters that are not edited share their memory with the model's: cheaper, but who trains one of the
+            two, changes it in place or loads weights into it changes both.
 
         Raises:
           EditMismatchError: The edit was made for another model.
@@ -112,7 +140,7 @@ class Edit:
         Raises:
           EditMismatchError: The edit was made for another model.
         """
-        self._check(model, any_weights)
+        self.check(model, any_weights=any_weights)
         if self.alpha == 0:
             return {}
         where = covered(self.selection, model)
@@ -127,62 +155,41 @@ class Edit:
                 if mask is None:
                     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
                 changed[name] = self.operation.change(name, weight.detach(), mask, self.alpha)
+        require_one_value(model, changed)
         return changed
 
-    def measured(self, model: nn.Module) -> Edit:
-        """Returns this edit with the norms of what it changes, from the model it was made for. Mutates nothing."""
-        full = replace(self, alpha=1.0, extrapolates=False).changed_weights(model)
+    def measured(self, model: nn.Module, *, any_weights: bool = False) -> Edit:
+        """Returns this edit with the norms of what it changes and notes on it, from the model. Mutates nothing."""
+        full = replace(self, alpha=1.0, extrapolates=False).changed_weights(model, any_weights=any_weights)
         parameters = dict(model.named_parameters())
         norms = {}
         for name, value in full.items():
             before = parameters[name].detach()
             norms[name] = (_norm(before), _norm(value - before))
-        return replace(self, norms=norms)
+        return replace(self, norms=norms, notes=notes_on(model, full))
 
-    def describe(self, model: nn.Module | None = None) -> pd.DataFrame:
+    def from_base(self, model: nn.Module) -> Edit:
+        """Returns this edit with every change as a difference, given the model it was made for. Mutates nothing.
+
+        For edits of format 1 and 2, whose files hold end points only: those fit other weights after this.
+
+        Raises:
+          EditMismatchError: It is another model.
+        """
+        self.check(model)
+        return replace(self, operation=self.operation.with_starts(model, self.selection))
+
+    def describe(self, model: nn.Module | None = None, *, any_weights: bool = False) -> pd.DataFrame:
         """Returns what the edit touches, and how much, one row per module. Mutates nothing.
 
         Columns: module, kind, edited (components), parameters (in them), components (of the module in the index), and
         `relative_change`: norm of the change at this alpha over the norm of the module's changed tensors before. It is
-        there if the edit was found by a method, or the model is given. Whole parameters beyond components (biases,
-        normalisation) have rows of kind "parameter".
+        there if the edit was found by a method, or the model is given; NaN where the norms of a chain's or a sum's
+        parts do not tell it. Whole parameters beyond components (biases, normalisation) have rows of kind "parameter".
+        `note`, if there is one, says which other parameters are the same tensor and change with it, and which adapters
+        beside a wrapped layer stay.
         """
-        norms = self.measured(model).norms if model is not None else self.norms
-        rows = self._rows()
-        if not norms:
-            return pd.DataFrame(rows).drop(columns="_tensors")
-        for row in rows:
-            pairs = [norms[name] for name in row["_tensors"] if name in norms]
-            before, change = (math.sqrt(sum(pair[i] ** 2 for pair in pairs)) for i in (0, 1))
-            share = change / before if before else (math.inf if change else 0.0)
-            row["relative_change"] = abs(self.alpha) * share
-        return pd.DataFrame(rows).drop(columns="_tensors")
-
-    def _rows(self) -> list[dict[str, Any]]:
-        index = self.selection.index
-        totals = index.modules().groupby("module", sort=False)["components"].sum()
-        rows = []
-        for module, part in self.selection.table().groupby("module", sort=False):
-            rows.append(
-                {
-                    "module": module,
-                    "kind": " ".join(dict.fromkeys(part["kind"])),
-                    "edited": len(part),
-                    "parameters": int(part["n_parameters"].sum()),
-                    "components": int(totals[module]),
-                    "_tensors": list(dict.fromkeys(part["parameter"])),
-                }
-            )
-        for name, size in self.operation.whole.items():
-            row: dict[str, Any] = {
-                "module": name,
-                "kind": "parameter",
-                "edited": 0,
-                "parameters": size,
-                "components": 0,
-            }
-            rows.append({**row, "_tensors": [name]})
-        return rows
+        return description(self if model is None else self.measured(model, any_weights=any_weights))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the edit, its change only, as safetensors with a JSON header. Overwrites a file of that name."""
@@ -190,30 +197,41 @@ class Edit:
 
         save_edit(self, path)
 
-    def _check(self, model: nn.Module, any_weights: bool) -> None:
+    def check(self, model: nn.Module, *, any_weights: bool = False) -> None:
+        """Raises EditMismatchError unless the edit fits this model. Cost: a hash of the model."""
         try:
             self.selection.index.check(model)
         except ModelMismatchError as error:
             raise EditMismatchError(
                 f"This edit was made for another model: give that one, or find an edit for this one. {error}"
+                f"{wrapping(model)}"
             ) from error
-        if self.base is not None and not any_weights:
-            found = model_hash(model)
-            if found != self.base:
-                raise EditMismatchError(
-                    f"This edit was made for a model with weights {self.base[:12]}, this {type(model).__name__} has "
-                    f"{found[:12]}: its components mean something else. Give the original model; or, if that is what "
-                    "you want (e.g. a second edit on top of a first), pass any_weights=True."
-                )
+        if self.base is not None and not (any_weights and not self.operation.end_points):
+            self._check_weights(model, any_weights)
+        if not any_weights:
+            self.operation.check(model)
+
+    def _check_weights(self, model: nn.Module, any_weights: bool) -> None:
+        found = model_hash(model)
+        if found == self.base:
+            return
+        made = (
+            f"This edit was made for a model with weights {str(self.base)[:12]}, this {type(model).__name__} has "
+            f"{found[:12]}"
+        )
+        if any_weights:
+            names = ", ".join(map(repr, self.operation.end_points[:3]))
+            names += " ..." if len(self.operation.end_points) > 3 else ""
+            raise EditMismatchError(
+                f"{made}. It says where {names} should end, not by how much to move: a file of an earlier format. Load "
+                "it with the model it was made for, "
+                "coar.load_edit(path, base=model), which gives the difference."
+            )
+        raise EditMismatchError(
+            f"{made}: its components mean something else. Give the original model; or, if that is what you want (e.g. "
+            "a second edit on top of a first), pass any_weights=True."
+        )
 
 
 def _norm(value: Tensor) -> float:
     return float(torch.linalg.vector_norm(value, dtype=torch.float64))
-
-
-def conflicts(first: Edit, second: Edit) -> list[str]:
-    """Returns the names of the parameters in which two edits of one index change a common weight."""
-    whole = (set(first.operation.whole), set(second.operation.whole))
-    touched = [set(edit.selection.table()["parameter"]) for edit in (first, second)]
-    both = {*overlap(first.selection, second.selection), *(whole[0] & whole[1])}
-    return sorted(both | (whole[0] & touched[1]) | (whole[1] & touched[0]))

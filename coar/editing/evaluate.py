@@ -21,6 +21,7 @@ from ablate.copying import device_of
 from ablate.progress import progress_bar
 from coar.editing.abstract import Editor
 from coar.editing.benchmark_sets import reject_duplicates
+from coar.editing.edit import Edit
 from coar.editing.edit_predictions import LOCALITY, EditPredictions, KeptPredictions, compact
 from coar.editing.request import Request
 from coar.errors import EditError
@@ -197,6 +198,7 @@ def evaluate_edit(
     *,
     batch_size: int = BATCH,
     base: Mapping[str, Integers] | None = None,
+    any_weights: bool = False,
 ) -> EditReport:
     """Returns accuracy before and after an edit on each set, with what it fixes and breaks. The model is unchanged.
 
@@ -206,6 +208,7 @@ def evaluate_edit(
       sets: Examples by name, e.g. target, other classes, ordinary ones.
       batch_size: Examples per forward pass.
       base: Predictions of the unedited model by set, where they are known (of an earlier report: `EditReport.base`).
+      any_weights: Judge it also on a model with other weights than the one it was made for; see `Edit.apply`.
 
     Cost: two passes over all sets; one where `base` is given.
 
@@ -215,9 +218,14 @@ def evaluate_edit(
     if not sets:
         raise EditError("There are no sets to judge the edit on. Give at least one, by name.")
     before = _base(model, sets, batch_size, base)
-    with edit.applied(model) as edited:
+    with _applied(edit, model, any_weights) as edited:
         after = {name: predictions(edited, examples, batch_size=batch_size) for name, examples in sets.items()}
     return EditReport(repr(edit), {name: _report(sets[name], before[name], after[name]) for name in sets})
+
+
+def _applied(edit: Applicable, model: nn.Module, any_weights: bool) -> AbstractContextManager[nn.Module]:
+    """Applies an edit; only an `Edit` knows about the weights that it was made for."""
+    return edit.applied(model, any_weights=any_weights) if isinstance(edit, Edit) else edit.applied(model)
 
 
 def _base(
@@ -259,6 +267,7 @@ def evaluate_single_edits(
     batch_size: int = BATCH,
     progress: bool = False,
     on_edit: OnEdit | None = None,
+    any_weights: bool = False,
 ) -> EditPredictions:
     """Returns what every single-example edit predicts: one edit per example, each from the unedited model.
 
@@ -276,6 +285,7 @@ def evaluate_single_edits(
       batch_size: Examples per forward pass.
       progress: Show progress on stderr.
       on_edit: Called with (group, id, edit) after each edit, e.g. to save it.
+      any_weights: Take also edits that the function found on a model with other weights; see `Edit.apply`.
 
     Cost: per edit the edit itself, one pass over its group and all sets, and one hash of the model; the unedited model
     predicts everything once. Memory: 2 bytes per prediction; some 10 for a moment.
@@ -301,7 +311,7 @@ def evaluate_single_edits(
                 try:
                     edit = make(model, *_one(model, examples, i))
                     _require_unchanged(model, base_hash)
-                    _predict_edited(model, edit, judged, batch_size)
+                    _predict_edited(model, edit, judged, batch_size, any_weights)
                 except Exception as error:
                     error.add_note(f"This was the edit for example {example!r} of group {group!r}.")
                     raise
@@ -319,10 +329,14 @@ def evaluate_single_edits(
 
 
 def _predict_edited(
-    model: nn.Module, edit: Applicable, judged: list[tuple[Examples, list[Integers]]], batch_size: int
+    model: nn.Module,
+    edit: Applicable,
+    judged: list[tuple[Examples, list[Integers]]],
+    batch_size: int,
+    any_weights: bool,
 ) -> None:
     """Appends to each list what the edited model predicts for the examples beside it."""
-    with edit.applied(model) as edited:
+    with _applied(edit, model, any_weights) as edited:
         for examples, rows in judged:
             rows.append(compact(predictions(edited, examples, batch_size=batch_size)))
 

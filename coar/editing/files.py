@@ -2,103 +2,114 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ablate import ComponentIndex
+from coar.editing.chain import Chain
 from coar.editing.edit import Edit
 from coar.editing.operations import OPERATIONS, Ablate, Operation
-from coar.editing.together import Together, part_header
+from coar.editing.parts import Parts, part_header
+from coar.editing.sealed import Sealed, read_sealed, write_sealed
+from coar.editing.together import Together
 from coar.errors import EditError
 
 FORMAT = "component-edit"
-FORMAT_VERSION = 2
-READABLE = (1, 2)  # version 1 knew ablation only
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)  # 1 knew ablation only, 2 had no checksum and of deltas the end points only
+KEY = "edit"
 IDS = "component_ids"
+OF_PARTS: dict[str, type[Parts]] = {kind.name: kind for kind in (Together, Chain)}
 
 
 def save_edit(edit: Edit, path: str | os.PathLike[str]) -> None:
     """Writes an edit; see `Edit.save`."""
-    from safetensors.torch import save_file
-
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **part_header(edit),
         "base": edit.base,
         "norms": {name: list(pair) for name, pair in edit.norms.items()},
+        "notes": dict(edit.notes),
         "index_hash": edit.selection.index.hash,
         "index": edit.selection.index.to_json(),
     }
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in edit.operation.tensors().items()}
-    tensors[IDS] = torch.tensor(edit.selection.ids, dtype=torch.int64)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    try:
-        save_file(tensors, draft, {"edit": json.dumps(header)})
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    ids = torch.tensor(edit.selection.ids, dtype=torch.int64)
+    write_sealed(path, KEY, header, {**edit.operation.tensors(), IDS: ids})
 
 
-def load_edit(path: str | os.PathLike[str]) -> Edit:
-    """Returns the edit in a file that `Edit.save` wrote.
+def load_edit(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> Edit:
+    """Returns the edit in a file that `Edit.save` wrote. Its checksum is checked; files of format 1 and 2 have none.
+
+    Args:
+      path: The file.
+      base: The model that the edit was made for. Needed only for a delta of format 2 that is to fit other weights:
+        such a file holds end points, and the difference from the model is what can be added elsewhere.
+
+    Raises:
+      EditError: The file is missing, damaged or something else.
+      EditMismatchError: `base` is another model.
+    """
+    edit = _restored(path, read_edit_file(path))
+    return edit if base is None else edit.from_base(base)
+
+
+def read_edit_file(path: str | os.PathLike[str]) -> Sealed:
+    """Returns what is in a file that `Edit.save` wrote: header, tensors, and whether it has a checksum.
 
     Raises:
       EditError: The file is missing, damaged or something else.
     """
-    from safetensors import safe_open
-
     if not Path(path).is_file():
         raise EditError(f"No edit at {path}: there is no such file. Check the path.")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("edit")
-            header = json.loads(text or "{}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if text else {}  # noqa: SIM118 - no mapping
-        found = (header.get("format"), header.get("format_version"))
-        if found[0] == FORMAT and type(found[1]) is int and found[1] in READABLE:
-            return _restored(header, tensors)
-    except Exception as error:  # safetensors, JSON and numpy raise many types
-        raise EditError(
-            f"{path} cannot be read as an edit: {type(error).__name__}: {str(error).rstrip('.')}. It is damaged or "
-            "something else; restore it from a copy, or make the edit again."
-        ) from error
-    if text is None:
+        sealed = read_sealed(path, KEY)
+    except Exception as error:  # safetensors and JSON raise many types
+        raise _unreadable(path, error) from error
+    if sealed.header is None:
         raise EditError(f"{path} holds tensors but no edit: it was not written by Edit.save. Check the path.")
-    raise EditError(
-        f"{path} has format {found[0]!r} version {found[1]}, this version of the toolkit reads {FORMAT!r} versions "
-        f"{' and '.join(map(str, READABLE))}."
+    return sealed
+
+
+def _restored(path: str | os.PathLike[str], sealed: Sealed) -> Edit:
+    found = dict(sealed.header) if isinstance(sealed.header, dict) else {}
+    name, version = found.get("format"), found.get("format_version")
+    if name != FORMAT or type(version) is not int or version not in READABLE:
+        raise EditError(
+            f"{path} has format {name!r} version {version}, this version of the toolkit reads {FORMAT!r} versions "
+            f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}."
+        )
+    try:
+        return _edit(found, sealed)
+    except Exception as error:  # numpy, torch and the index raise many types
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> EditError:
+    return EditError(
+        f"{path} cannot be read as an edit: {type(error).__name__}: {str(error).rstrip('.')}. It is damaged or "
+        "something else; restore it from a copy, or make the edit again."
     )
 
 
-def _restored(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
+def _edit(header: Mapping[str, Any], sealed: Sealed) -> Edit:
+    if header["format_version"] >= 3 and not sealed.checked:
+        raise EditError("its checksum is gone")
     index = ComponentIndex.from_json(header["index"])
-    base = header["base"]
-    if not isinstance(base, (str, type(None))):
-        raise EditError(f"base is a {type(base).__name__}, expected a hash or null")
     if header["index_hash"] != index.hash:
         raise EditError(f"index_hash is {header['index_hash']!r}, the index has {index.hash!r}")
     if header["format_version"] == 1:
         if header["operation"] != Ablate.name:
             raise EditError(f"operation is {header['operation']!r}, version 1 knows ablate only")
-        settings = {"operation": Ablate.name, "settings": {}, "extrapolates": False}
-        return _part(index, {**header, **settings}, tensors, base)
+        header = {**header, "operation": Ablate.name, "settings": {}, "extrapolates": False, "norms": {}}
     norms = {str(name): (float(before), float(change)) for name, (before, change) in header["norms"].items()}
-    if header["operation"] != Together.name:
-        return _part(index, header, tensors, base, norms)
-    parts = []
-    for number, part in enumerate(header["settings"]["parts"]):
-        own = {name.removeprefix(f"{number}/"): t for name, t in tensors.items() if name.startswith(f"{number}/")}
-        parts.append(_part(index, part, own, base))
-    return _part(index, header, tensors, base, norms, Together(tuple(parts)))
+    notes = {str(name): str(note) for name, note in header.get("notes", {}).items()}
+    return _part(index, header, sealed.tensors, header["base"], norms, notes)
 
 
 TYPES: dict[str, tuple[type, ...]] = {
@@ -126,24 +137,39 @@ def _part(
     tensors: Mapping[str, Tensor],
     base: str | None,
     norms: Mapping[str, tuple[float, float]] | None = None,
-    operation: Operation | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Edit:
+    """Returns an edit or a part of one; `base` is that of the whole, which files of format 2 do not repeat."""
     _require_types(header)
-    if operation is None:
-        kind = OPERATIONS.get(header["operation"])
-        if kind is None:
-            raise EditError(f"operation is {header['operation']!r}, expected one of {', '.join(OPERATIONS)}")
-        operation = kind.restore(header["settings"], tensors)
-    for name, tensor in operation.tensors().items():
-        if not torch.isfinite(tensor).all():
-            raise EditError(f"tensor {name!r} holds values that are not finite")
+    if not isinstance(base, (str, type(None))):
+        raise EditError(f"base is a {type(base).__name__}, expected a hash or null")
     return Edit(
         index.select(tensors[IDS].tolist()),
-        operation,
+        _operation(index, header, tensors, base),
         header["alpha"],
         base,
         header["method"],
         header["details"],
         norms or {},
         bool(header["extrapolates"]),
+        notes or {},
     )
+
+
+def _operation(
+    index: ComponentIndex, header: Mapping[str, Any], tensors: Mapping[str, Tensor], base: str | None
+) -> Operation:
+    name, settings = header["operation"], header["settings"]
+    if name in OF_PARTS:
+        parts = []
+        for number, part in enumerate(settings["parts"]):
+            own = {key.removeprefix(f"{number}/"): t for key, t in tensors.items() if key.startswith(f"{number}/")}
+            parts.append(_part(index, part, own, part.get("base", base)))
+        return OF_PARTS[name].of(parts, settings)
+    if name not in OPERATIONS:
+        raise EditError(f"operation is {name!r}, expected one of {', '.join((*OPERATIONS, *OF_PARTS))}")
+    operation = OPERATIONS[name].restore(settings, tensors)
+    for key, tensor in operation.tensors().items():
+        if not torch.isfinite(tensor).all():
+            raise EditError(f"tensor {key!r} holds values that are not finite")
+    return operation

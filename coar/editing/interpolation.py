@@ -37,6 +37,7 @@ def interpolation_curve(
     *,
     extrapolate: bool = False,
     batch_size: int = BATCH,
+    any_weights: bool = False,
 ) -> InterpolationCurve:
     """Returns the accuracies of the edited model at many strengths, for any edit. The model is unchanged afterwards.
 
@@ -53,6 +54,7 @@ def interpolation_curve(
       alphas: Rising, from 0.
       extrapolate: Allow strengths above 1.
       batch_size: Examples per forward pass.
+      any_weights: Take also a model with other weights than the one the edit was made for; see `Edit.apply`.
 
     Raises:
       MetricError: alphas that do not rise from 0, or no set `original` or `edited`.
@@ -62,7 +64,7 @@ def interpolation_curve(
     InterpolationCurve.of(alphas, blank)  # names what is wrong before any work
     columns: dict[str, list[Accuracy]] = {name: [] for name in sets}
     for part in [edit.at(float(alpha), extrapolate=extrapolate) for alpha in alphas]:
-        with part.applied(model) as edited:
+        with part.applied(model, any_weights=any_weights) as edited:
             for name, examples in sets.items():
                 found = predictions(edited, examples, batch_size=batch_size)
                 columns[name].append(accuracy(found, examples.targets))

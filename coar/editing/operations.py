@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ablate import Selection
+from coar.editing.digest import digest
+from coar.editing.frozen import frozen, plain_number
+from coar.editing.weights import covered
 from coar.errors import EditError
 
 
@@ -40,6 +44,18 @@ class Operation(ABC):
         """Parameters beyond any component (biases, normalisation) that change as a whole, and their sizes."""
         return {}
 
+    @property
+    def end_points(self) -> tuple[str, ...]:
+        """Parameters of which only the end point is known, not the change: they fit no other weights."""
+        return ()
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027 - most fit any model of their index
+        """Raises EditMismatchError unless every part fits a model whose weights are those of the whole edit's base."""
+
+    def with_starts(self, model: nn.Module, selection: Selection) -> Operation:
+        """Returns this operation with every change as a difference, given the model it starts from."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         """Returns what a file must hold beside the settings."""
         return {}
@@ -64,12 +80,7 @@ class Operation(ABC):
 
     @cached_property
     def _content(self) -> str:
-        hasher = hashlib.sha256(repr(sorted(self.settings().items())).encode())
-        for name, tensor in sorted(self.tensors().items()):
-            value = tensor.detach().cpu().contiguous()
-            hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-            hasher.update(value.reshape(-1).view(torch.uint8).numpy().data)
-        return hasher.hexdigest()
+        return digest(repr(sorted(self.settings().items())), self.tensors())
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +107,8 @@ class Scale(Operation):
     name: ClassVar[str] = "scale"
 
     def __post_init__(self) -> None:
-        if not torch.isfinite(torch.tensor(self.factor)):
+        object.__setattr__(self, "factor", plain_number("factor", self.factor))
+        if not math.isfinite(self.factor):
             raise EditError(f"factor is {self.factor}, expected a finite number, e.g. 0.5 to halve the weights.")
 
     def change(self, parameter: str, weight: Tensor, where: Tensor, alpha: float) -> Tensor:
@@ -159,6 +171,9 @@ class LowRank(Operation):
     factors: Mapping[str, Factors]
     name: ClassVar[str] = "lowrank"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", frozen(self.factors))
+
     def change(self, parameter: str, weight: Tensor, where: Tensor, alpha: float) -> Tensor:
         """Returns the parameter plus alpha times its low-rank change, where covered."""
         factors = self.factors[parameter]
@@ -200,17 +215,33 @@ class LowRank(Operation):
 
 @dataclass(frozen=True, eq=False)
 class Delta(Operation):
-    """Moves weights on the straight line from the original (alpha 0) to an end point (alpha 1).
+    """Moves weights by a difference: on the straight line from the original (alpha 0) to an end point (alpha 1).
+
+    A difference is kept as its two ends, because float arithmetic does not lead from one to the other bit for bit:
+    weights that are at the start land on the end point exactly, others are moved by alpha times (end - start).
 
     Attributes:
       values: Per parameter the end point of its covered weights, one axis, in the order of the parameter's own; all of
         a parameter in `wholly`.
       wholly: Parameters beyond any component (biases, normalisation) that are moved as a whole.
+      starts: Per parameter where its weights came from, in the form of `values`. A parameter without one has an end
+        point only: every weight moves towards it, wherever it starts.
     """
 
     values: Mapping[str, Tensor]
     wholly: tuple[str, ...] = field(default=())
+    starts: Mapping[str, Tensor] = field(default_factory=dict)
     name: ClassVar[str] = "delta"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", frozen(self.values))
+        object.__setattr__(self, "wholly", tuple(self.wholly))
+        object.__setattr__(self, "starts", frozen(self.starts))
+        for name, start in self.starts.items():
+            end = self.values.get(name)
+            if end is None or start.shape != end.shape:
+                shape = "no end point" if end is None else f"an end point of shape {tuple(end.shape)}"
+                raise EditError(f"The start of {name!r} has shape {tuple(start.shape)}, there is {shape}.")
 
     @classmethod
     def between(
@@ -230,29 +261,38 @@ class Delta(Operation):
         Raises:
           EditError: A value that is not finite.
         """
-        values = {name: _within(after[name].detach(), mask) for name, mask in where.items()}
-        moved = [name for name in whole if name not in where and not torch.equal(before[name], after[name])]
-        values |= {name: after[name].detach().reshape(-1).cpu().clone() for name in moved}
+        moved = tuple(name for name in whole if name not in where and not torch.equal(before[name], after[name]))
+        everything: dict[str, Tensor | None] = {**where, **dict.fromkeys(moved)}
+        values = {name: _within(after[name].detach(), mask) for name, mask in everything.items()}
         for name, value in values.items():
             if not torch.isfinite(value).all():
                 raise EditError(
                     f"The edited {name!r} holds values that are not finite: the training diverged. Lower the rate."
                 )
-        return cls(values, tuple(moved))
+        starts = {name: _within(before[name].detach(), mask) for name, mask in everything.items()}
+        return cls(values, moved, starts)
 
     def change(self, parameter: str, weight: Tensor, where: Tensor, alpha: float) -> Tensor:
-        """Returns the parameter with covered weights at lerp(weight, end point, alpha): exact at 0 and 1."""
-        values = self.values[parameter].to(weight)
+        """Returns the parameter with covered weights moved: at alpha 1 from the start to the end point, exactly."""
+        values = self.values[parameter]
         if values.numel() == weight.numel() and (parameter in self.wholly or bool(where.all())):
-            return torch.lerp(weight.detach(), values.reshape(weight.shape), alpha)
+            return self._moved(parameter, weight.detach().reshape(-1), alpha).reshape(weight.shape)
         mask = torch.ones_like(where) if parameter in self.wholly else where
         if values.numel() != int(mask.sum()):
             raise EditError(
                 f"The edit holds {values.numel():,} values for {parameter!r}, its selection covers {int(mask.sum()):,}."
             )
         changed = weight.detach().clone()
-        changed[mask] = torch.lerp(weight.detach()[mask], values, alpha)
+        changed[mask] = self._moved(parameter, weight.detach()[mask], alpha)
         return changed
+
+    def _moved(self, parameter: str, weight: Tensor, alpha: float) -> Tensor:
+        end = self.values[parameter].to(weight)
+        straight = end if alpha == 1.0 else torch.lerp(weight, end, alpha)
+        if parameter not in self.starts:
+            return straight
+        start = self.starts[parameter].to(weight)
+        return torch.where(weight == start, straight, weight + alpha * (end - start))
 
     def parameters(self, touched: Collection[str]) -> tuple[str, ...]:
         """Returns the parameters that have values."""
@@ -263,23 +303,39 @@ class Delta(Operation):
         """The parameters that change as a whole, and their sizes."""
         return {name: self.values[name].numel() for name in self.wholly}
 
+    @property
+    def end_points(self) -> tuple[str, ...]:
+        """The parameters without a start."""
+        return tuple(name for name in self.values if name not in self.starts)
+
+    def with_starts(self, model: nn.Module, selection: Selection) -> Delta:
+        """Returns this operation with the model's values as the starts that are missing."""
+        where = covered(selection, model)
+        found = {name: _within(model.get_parameter(name).detach(), where.get(name)) for name in self.end_points}
+        return replace(self, starts={**self.starts, **found})
+
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the end points."""
-        return {f"values/{name}": value for name, value in self.values.items()}
+        """Returns the end points, and the starts that are known."""
+        ends = {f"values/{name}": value for name, value in self.values.items()}
+        return ends | {f"starts/{name}": value for name, value in self.starts.items()}
 
     def settings(self) -> dict[str, Any]:
-        """Returns the names of the parameters, and which are moved as a whole."""
-        return {"parameters": list(self.values), "wholly": list(self.wholly)}
+        """Returns the names of the parameters, which are moved as a whole, and which have a start."""
+        return {"parameters": list(self.values), "wholly": list(self.wholly), "starts": list(self.starts)}
 
     @classmethod
     def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
-        """Returns the operation with its end points."""
-        return cls({name: tensors[f"values/{name}"] for name in settings["parameters"]}, tuple(settings["wholly"]))
+        """Returns the operation with its end points; files of format 2 know no starts."""
+        return cls(
+            {name: tensors[f"values/{name}"] for name in settings["parameters"]},
+            tuple(settings["wholly"]),
+            {name: tensors[f"starts/{name}"] for name in settings.get("starts", [])},
+        )
 
 
-def _within(value: Tensor, where: Tensor) -> Tensor:
-    """Returns the values that are covered, one axis, on the CPU. All of them without a list of their positions."""
-    if where.all():
+def _within(value: Tensor, where: Tensor | None) -> Tensor:
+    """Returns the values that are covered (None: all), one axis, on the CPU; the result owns its memory."""
+    if where is None or where.all():
         return value.reshape(-1).to("cpu", copy=True)
     return value[where.to(value.device)].cpu()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ablate import ComponentIndex, Selection
+from ablate.sharing import overlapping
 from ablate.structure import linear_axes
 from coar.editing.operations import Delta
 from coar.editing.weights import covered
@@ -82,9 +83,10 @@ def from_layer_on(selection: Selection, model: nn.Module, inputs: Tensor) -> Sco
 
     Biases, normalisation and shortcuts that run after it are among them.
     """
-    order = order_of_use(model, inputs)
-    first = min(_position(order, name) for name in covered(selection, model))
-    return _all_of(order[first:], selection.index, model)
+    uses = all_uses(model, inputs)
+    first = min(_position(uses, name) for name in covered(selection, model))
+    behind = set(uses[first:])
+    return _all_of([name for name in dict.fromkeys(uses) if name in behind], selection.index, model)
 
 
 def weights_up_to_layer(selection: Selection, model: nn.Module, inputs: Tensor) -> Scope:
@@ -98,17 +100,35 @@ def weights_up_to_layer(selection: Selection, model: nn.Module, inputs: Tensor) 
 def all_but_head(selection: Selection, model: nn.Module, inputs: Tensor) -> tuple[Scope, str | None]:
     """Returns every parameter that a forward pass uses but those of the layer that gives the logits, and its name.
 
-    The head is the module of the last weight that is used, if it has an output per class; else there is none.
+    The head is the module of the weight that is used last, if it has an output per class; else there is none. A weight
+    that is the head's under another name (a tied embedding) is the head, and so is what only acts on the logits: a
+    bias, a scale.
     """
-    order = order_of_use(model, inputs)
+    uses = all_uses(model, inputs)
     with torch.no_grad():
         classes = model(inputs[:1]).shape[1]
-    weights = [name for name in order if model.get_parameter(name).ndim > 1]
-    owner = weights[-1].rpartition(".")[0] if weights else ""
-    axes = linear_axes(model.get_submodule(owner)) or (0, 1)
-    if not weights or model.get_parameter(weights[-1]).shape[axes[0]] != classes:
-        return _all_of(order, selection.index, model), None
-    return _all_of([n for n in order if n.rpartition(".")[0] != owner], selection.index, model), owner
+    weights = [name for name in uses if model.get_parameter(name).ndim > 1]
+    tied = _names_of(model, weights[-1]) if weights else []
+    layer = next((n for n in reversed(tied) if linear_axes(model.get_submodule(_owner(n)))), tied[-1] if tied else "")
+    axes = linear_axes(model.get_submodule(_owner(layer))) or (0, 1)
+    if not weights or model.get_parameter(layer).shape[axes[0]] != classes:
+        return _all_of(dict.fromkeys(uses), selection.index, model), None
+    body = [i for i, name in enumerate(uses) if name in weights and name not in tied]
+    end = len(uses) - 1 - uses[::-1].index(weights[-1])
+    scales = {name for name in uses[max(body, default=-1) + 1 :] if model.get_parameter(name).numel() == 1}
+    inside = set(uses[:end]) - scales - set(tied)
+    rest = [name for name in dict.fromkeys(uses) if name in inside and _owner(name) != _owner(layer)]
+    return _all_of(rest, selection.index, model), _owner(layer)
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _names_of(model: nn.Module, parameter: str) -> list[str]:
+    """Returns every name of a parameter, and of those that lie in its memory."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return next((group for group in overlapping(named) if parameter in group), [parameter])
 
 
 def order_of_use(model: nn.Module, inputs: Tensor) -> list[str]:
@@ -116,9 +136,15 @@ def order_of_use(model: nn.Module, inputs: Tensor) -> list[str]:
 
     Found by running the model on the first input, not from the order of its attributes: that may be another one.
     """
-    with _Uses({id(parameter): name for name, parameter in model.named_parameters()}) as uses, torch.no_grad():
+    return list(dict.fromkeys(all_uses(model, inputs)))
+
+
+def all_uses(model: nn.Module, inputs: Tensor) -> list[str]:
+    """Returns the parameter's name at every use in a forward pass of the first input, in order. Mutates nothing."""
+    uses = _Uses({id(parameter): name for name, parameter in model.named_parameters()})
+    with uses, torch.no_grad():
         model(inputs[:1])
-    return list(uses.order)
+    return uses.names_in_order
 
 
 class _Uses(TorchFunctionMode):
@@ -127,14 +153,14 @@ class _Uses(TorchFunctionMode):
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self.names = names
-        self.order: dict[str, None] = {}
+        self.names_in_order: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if next(_tensors(result), None) is not None:  # not for a look at the shape or dtype
             for tensor in _tensors([args, kwargs]):
                 if id(tensor) in self.names:
-                    self.order.setdefault(self.names[id(tensor)])
+                    self.names_in_order.append(self.names[id(tensor)])
         return result
 
 

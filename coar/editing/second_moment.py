@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from ablate import Examples, model_hash
 from ablate.copying import device_of
 from coar.editing.blocks import layer_keys
+from coar.editing.sealed import read_sealed, write_sealed
 from coar.errors import EditError
 
 FLOOR = 1e-6  # of the largest eigenvalue: below it, e.g. of channels that never fire, C cannot be inverted
 REMEMBERED = 16  # moments kept in memory
+KEY = "moment"
 
 _remembered: OrderedDict[str, SecondMoment] = OrderedDict()
 
@@ -127,25 +129,13 @@ def _computed(model: nn.Module, layer: str, examples: Examples, center: bool, ba
 
 
 def _write(path: Path, moment: SecondMoment, facts: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        header = {"moment": json.dumps({**facts, "positions": moment.positions})}
-        save_file({"matrix": moment.matrix.contiguous()}, draft, header)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_sealed(path, KEY, {**facts, "positions": moment.positions}, {"matrix": moment.matrix})
 
 
 def _read(path: Path, facts: dict[str, Any]) -> SecondMoment:
-    from safetensors import safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["moment"])
-            matrix: Tensor = file.get_tensor("matrix")
+        sealed = read_sealed(path, KEY)
+        header, matrix = sealed.header, sealed.tensors["matrix"]
         moment = SecondMoment(matrix.double(), int(header["positions"]), bool(facts["center"]))
         intact = {name: header[name] for name in facts} == facts and bool(torch.isfinite(matrix).all())
     except Exception as error:  # safetensors and JSON raise many types

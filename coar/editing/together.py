@@ -2,122 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ablate.gating import touched_slices
-from coar.editing.edit import Edit, conflicts
-from coar.editing.operations import Ablate, Operation
+from coar.editing.edit import Edit
+from coar.editing.operations import Ablate
+from coar.editing.parts import Parts, changed_by, require_one_index, total_norms
+from coar.editing.weights import conflicts
 from coar.errors import EditError
 
 
 @dataclass(frozen=True, eq=False)
-class Together(Operation):
-    """Does what each of its parts does, each at its own alpha times the alpha of the whole.
+class Together(Parts):
+    """Does what each part does, at its own alpha times that of the whole. The weights of the parts are distinct."""
 
-    Attributes:
-      parts: Edits whose weights are distinct.
-    """
-
-    parts: tuple[Edit, ...]
     name: ClassVar[str] = "together"
 
     def change(self, parameter: str, weight: Tensor, where: Tensor, alpha: float) -> Tensor:
         """Returns the parameter with the changes of all parts."""
         for part in self.parts:
-            own = _covered_by(part, parameter, where)
-            strength = alpha * part.alpha
-            if strength and parameter in part.operation.parameters([parameter] if own.any() else []):
-                weight = part.operation.change(parameter, weight, own, strength)
+            weight = changed_by(part, parameter, weight, alpha * part.alpha)
         return weight
 
-    def parameters(self, touched: Collection[str]) -> tuple[str, ...]:
-        """Returns the parameters that change."""
-        found: dict[str, None] = {}
+    def check(self, model: nn.Module) -> None:
+        """Raises EditMismatchError unless every part fits."""
         for part in self.parts:
-            found |= dict.fromkeys(part.operation.parameters(touched))
-        return tuple(found)
-
-    @property
-    def whole(self) -> Mapping[str, int]:
-        """The parameters that change as a whole, and their sizes."""
-        return {name: size for part in self.parts for name, size in part.operation.whole.items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the parts' tensors and component ids."""
-        found = {}
-        for number, part in enumerate(self.parts):
-            found[f"{number}/component_ids"] = torch.tensor(part.selection.ids, dtype=torch.int64)
-            found |= {f"{number}/{name}": tensor for name, tensor in part.operation.tensors().items()}
-        return found
-
-    def settings(self) -> dict[str, Any]:
-        """Returns what the header of a file says of each part."""
-        return {"parts": [part_header(part) for part in self.parts]}
-
-    @classmethod
-    def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Together:
-        """Not used: `coar.editing.files` restores the parts, which need the index."""
-        raise EditError("An edit of several parts is restored by coar.load_edit.")
-
-
-def part_header(part: Edit) -> dict[str, Any]:
-    """Returns what the header of a file says of an edit, without what all parts share."""
-    return {
-        "operation": part.operation.name,
-        "settings": part.operation.settings(),
-        "alpha": part.alpha,
-        "extrapolates": part.extrapolates,
-        "method": part.method,
-        "details": dict(part.details),
-    }
-
-
-def _covered_by(part: Edit, parameter: str, where: Tensor) -> Tensor:
-    """Returns which of a parameter's weights a part covers."""
-    mask = torch.zeros_like(where)
-    for name, axis, units in touched_slices(part.selection, [parameter]):
-        if name == parameter:
-            mask.index_fill_(axis, torch.tensor(units, device=where.device), True)
-    return mask
+            part.operation.check(model)
 
 
 def together(first: Edit, second: Edit) -> Edit:
     """Returns the edit that does what both do; see `Edit.__add__`."""
     if not isinstance(second, Edit):
         raise EditError(f"An edit adds to another edit only, got a {type(second).__name__}.")
-    one, other = first.selection.index, second.selection.index
-    if one != other:
-        raise EditError(
-            f"These edits have different indices, {one.hash[:12]} ({len(one):,} components) and {other.hash[:12]} "
-            f"({len(other):,}). Make both with one index of all the kinds that they need."
-        )
+    require_one_index(first, second)
     bases = {edit.base for edit in (first, second)} - {None}
     if len(bases) > 1:
         names = " and ".join(sorted(base[:12] for base in bases if base))
-        raise EditError(f"These edits were made for different models, {names}. Edits of one model add up.")
-    base = next(iter(bases), None)
-    selection = first.selection | second.selection
-    method = " + ".join(dict.fromkeys((first.method, second.method)))
-    if isinstance(first.operation, Ablate) and isinstance(second.operation, Ablate) and first.alpha == second.alpha:
-        return Edit(
-            selection, Ablate(), first.alpha, base, method, {"parts": [dict(e.details) for e in (first, second)]}
+        raise EditError(
+            f"These edits were made for different models, {names}. Edits of one model add up. An edit that was "
+            "found on what the other gives follows it: first.then(second)."
         )
+    fused = isinstance(first.operation, Ablate) and isinstance(second.operation, Ablate) and first.alpha == second.alpha
     common = conflicts(first, second)
-    if common:
+    if common and not fused:
         raise EditError(
             f"Both edits change weights of {', '.join(map(repr, common[:5]))}{' ...' if len(common) > 5 else ''}: what "
             "the sum means is not clear. Let them select distinct components; or apply one, then find the other on the "
-            "model that comes out."
+            "model that comes out. What is meant may be one after the other: first.then(second, any_weights=True)."
         )
-    parts: list[Edit] = []
-    for edit in (first, second):
-        if isinstance(edit.operation, Together) and edit.alpha == 1.0:
-            parts += edit.operation.parts
-        else:
-            parts.append(edit)
-    return Edit(selection, Together(tuple(parts)), 1.0, base, method, {}, {**first.norms, **second.norms})
+    parts = (first, second) if fused else (*_parts(first), *_parts(second))
+    norms = total_norms([edit.at(1.0) for edit in (first, second)] if fused else (first, second), common)
+    return Edit(
+        first.selection | second.selection,
+        Ablate() if fused else Together(parts),
+        first.alpha if fused else 1.0,
+        next(iter(bases), None),
+        " + ".join(dict.fromkeys((first.method, second.method))),
+        {"parts": [dict(edit.details) for edit in (first, second)]} if fused else {},
+        norms,
+        first.extrapolates or second.extrapolates,
+        {**first.notes, **second.notes},
+    )
+
+
+def _parts(edit: Edit) -> tuple[Edit, ...]:
+    return edit.operation.parts if isinstance(edit.operation, Together) and edit.alpha == 1.0 else (edit,)

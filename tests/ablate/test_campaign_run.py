@@ -263,3 +263,15 @@ def test_a_campaign_on_an_image_folder(tmp_path: Path) -> None:
     assert store.examples["id"].tolist() == ["cat/green.png", "cat/red.png", "dog/blue.png"]
     assert store.outputs.shape == (2, 3)
     assert store.keep.shape == (2, 1040)
+
+
+def test_what_run_returns_cannot_be_written_by_accident(mlp: nn.Module, data: Any, tmp_path: Path) -> None:
+    spec = ablate.CampaignSpec(model=mlp, data=data, **SETTINGS)
+    for place in (tmp_path / "a.zarr", MemoryStore()):
+        for _ in range(2):  # a new store, and one that is finished
+            store = ablate.run(spec, place, progress=False)
+            assert store.progress.complete
+            before = store.outputs[:]
+            with pytest.raises(ValueError, match="read-only"):
+                store.blocks.arrays["outputs"][:] = 0.0
+            np.testing.assert_array_equal(CampaignStore.open(place).outputs[:], before)

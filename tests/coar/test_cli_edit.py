@@ -185,7 +185,8 @@ def test_edit_info(run: Run, run_json: Callable[..., Any], folder: Path, tmp_pat
     code, out, _ = run("edit-info", file)
     assert code == 0
     assert out.startswith(
-        f"{edit!r}, for the model with weights {str(edit.base)[:12]}; {file.stat().st_size:,} bytes.\n"
+        f"{edit!r}, for the model with weights {str(edit.base)[:12]}; {file.stat().st_size:,} bytes, its checksum "
+        "fits.\n"
     )
     assert "relative_change" in out
     assert "finetune" in out
@@ -193,9 +194,27 @@ def test_edit_info(run: Run, run_json: Callable[..., Any], folder: Path, tmp_pat
     assert found["ids"] == list(edit.selection.ids)
     assert found["changes"][0]["relative_change"] > 0
     assert found["details"]["log"]["steps"] <= 5
+    assert found["checksum"] is True
+    assert found["parts"] == []
     code, out, err = run("edit-info", tmp_path / "gone.safetensors")
     assert (code, out) == (2, "")
     assert err == f"error: No edit at {tmp_path}/gone.safetensors: there is no such file. Check the path.\n"
+
+
+def test_edit_info_of_earlier_formats_and_of_parts(run: Run, run_json: Callable[..., Any]) -> None:
+    fixtures = Path(__file__).parent / "editing" / "fixtures"
+    code, out, _ = run("edit-info", fixtures / "sum-v2.safetensors")
+    assert code == 0
+    assert "2,008 bytes, no checksum (format 2).\n" in out
+    assert "It holds end points, not differences" in out
+    assert "Its parts, in their order:" in out
+    found = run_json("edit-info", fixtures / "sum-v2.safetensors")
+    assert found["checksum"] is False
+    assert [(part["operation"], part["alpha"], part["components"]) for part in found["parts"]] == [
+        ("delta", 1.0, 2),
+        ("scale", 0.5, 1),
+    ]
+    assert "no checksum (format 1).\n" in run("edit-info", fixtures / "ablate-v1.safetensors")[1]
 
 
 @pytest.mark.parametrize(

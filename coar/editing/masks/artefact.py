@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from ablate.copying import device_of
 from coar.editing.masks.hypernetwork import Hypernetwork, NetworkShape
 from coar.editing.masks.network import MaskHypernetwork, identity_of, refuse_differences
 from coar.editing.masks.settings import MetaSettings
+from coar.editing.sealed import read_sealed, write_sealed
 from coar.errors import EditError
-from coar.interchange.drafts import written_whole
 
 FORMAT = "mask-hypernetwork"
 FORMAT_VERSION = 1
+KEY = "hypernetwork"
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,6 @@ def save_hypernetwork(
       optimizer: The optimiser's tensors, for going on with the training.
       images: Hash of the images it was trained on.
     """
-    from safetensors.torch import save_file
-
     selection = hypernetwork.selection
     header = {
         "format": FORMAT,
@@ -64,10 +62,7 @@ def save_hypernetwork(
     tensors = {f"network/{name}": value for name, value in hypernetwork.network.state_dict().items()}
     tensors |= {f"optimizer/{name}": value for name, value in (optimizer or {}).items()}
     tensors |= {"component_ids": torch.tensor(selection.ids, dtype=torch.int64), "history": hypernetwork.history}
-    with written_whole(Path(path), overwrite=True) as draft:
-        save_file(
-            {n: v.detach().cpu().contiguous() for n, v in tensors.items()}, draft, {"hypernetwork": json.dumps(header)}
-        )
+    write_sealed(path, KEY, header, tensors)
 
 
 def load_hypernetwork(
@@ -112,7 +107,7 @@ def load_hypernetwork(
 
 def read_artefact(path: str | os.PathLike[str]) -> Artefact:
     """Returns what is in a file, on the CPU. Raises EditError if it is missing, damaged or something else."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     place = Path(path)
     if not place.is_file():
@@ -120,18 +115,17 @@ def read_artefact(path: str | os.PathLike[str]) -> Artefact:
             f"There is no file {place}. Train a hypernetwork: train_hypernetwork(..., store={str(path)!r})."
         )
     try:
-        with safe_open(place, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("hypernetwork", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        sealed = read_sealed(place, KEY)
     except (SafetensorError, ValueError) as error:
         raise EditError(f"{place} is damaged or no safetensors file ({error}).") from error
+    header = sealed.header or {}
     if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
         raise EditError(
             f"{place} says format {header.get('format')!r}, version {header.get('format_version')}; expected "
             f"{FORMAT!r}, {FORMAT_VERSION}: it is no mask hypernetwork, or one of another version."
         )
     try:
-        return _restore(header, tensors)
+        return _restore(header, sealed.tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, ModelMismatchError) as error:
         raise EditError(f"{place} is damaged: its header and tensors do not fit together ({error}).") from error
 

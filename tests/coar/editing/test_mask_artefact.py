@@ -146,6 +146,12 @@ def test_files_that_are_none(tiny_net: nn.Module, artefact: Path, tmp_path: Path
     refuse(re.escape(f"There is no file {path}. Train a hypernetwork: train_hypernetwork(..., store={str(path)!r})."))
     path.write_bytes(artefact.read_bytes()[:-100])
     refuse(re.escape(f"{path} is damaged or no safetensors file (") + r".*\)\.")
+    flipped = bytearray(artefact.read_bytes())
+    flipped[-3] ^= 1
+    path.write_bytes(flipped)
+    refuse(
+        re.escape(f"{path} is damaged or no safetensors file (what it holds does not have the checksum that ") + ".*"
+    )
     save_file({"weight": torch.zeros(2)}, path)
     refuse(re.escape(f"{path} says format None, version None; expected 'mask-hypernetwork', 1: it is no mask ") + ".*")
     save_file({"weight": torch.zeros(2)}, path, {"hypernetwork": json.dumps({**_header(), "network": {}})})

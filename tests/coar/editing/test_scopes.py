@@ -163,3 +163,46 @@ def test_values_are_put_back_bit_for_bit(conv_net: nn.Module, images: Tensor) ->
     scope.put(conv_net, before)
     assert all(torch.equal(value, state[name]) for name, value in conv_net.state_dict().items())
     assert scope.weights(conv_net) == sum(p.numel() for p in conv_net.parameters())
+
+
+class TiedWords(nn.Module):
+    """Tokens to classes by the embedding itself, scaled; the head is the embedding in one of three ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.words = nn.Embedding(6, 4)
+        self.hidden = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.offset = nn.Parameter(torch.zeros(6))
+        if how != "functional":
+            self.head = nn.Linear(4, 6, bias=False)
+        if how == "one parameter":
+            self.head.weight = self.words.weight
+        elif how == "one memory":
+            self.head.weight.data = self.words.weight.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.hidden(self.words(x)).mean(dim=1))
+        factor = self.scale.exp()  # before the head runs
+        weight = self.words.weight if self.how == "functional" else self.head.weight
+        logits: Tensor = factor * nn.functional.linear(x, weight) + self.offset
+        return logits
+
+
+@pytest.mark.parametrize(("how", "name"), [("one parameter", "head"), ("one memory", "head"), ("functional", "words")])
+def test_a_tied_embedding_is_the_head(how: str, name: str) -> None:
+    net = TiedWords(how).eval()
+    index = ComponentIndex.from_model(net, ["linear_neuron"])
+    scope, head = scopes.all_but_head(index.everything(), net, torch.tensor([[0, 1, 2]]))
+    assert head == name
+    assert list(scope.trained) == ["hidden.weight", "hidden.bias", "norm.weight", "norm.bias"]
+
+
+@pytest.mark.parametrize("how", ["one parameter", "functional"])
+def test_from_a_layer_on_a_tied_head_is_used_again(how: str) -> None:
+    net = TiedWords(how).eval()
+    selection = ComponentIndex.from_model(net, ["linear_neuron"]).where(module="hidden")
+    trained = list(scopes.from_layer_on(selection, net, torch.tensor([[0, 1, 2]])).trained)
+    assert sorted(trained) == sorted(name for name, _ in net.named_parameters())

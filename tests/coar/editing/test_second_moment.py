@@ -171,3 +171,15 @@ def test_keys_that_tell_nothing() -> None:
     with pytest.raises(EditError) as missing:
         second_moment(model, "0", examples, batch_size=2)
     assert str(missing.value) == "Layer '0' reads NaN or infinite values for reference example '2'."
+
+
+def test_a_flipped_bit_of_its_file_is_noticed(tmp_path: Path) -> None:
+    model, examples = _linear(torch.randn(6, 3))
+    second_moment(model, "0", examples, cache=tmp_path)
+    path = next(tmp_path.iterdir())
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    forget_second_moments()
+    with pytest.raises(EditError, match=r"cannot be read: what it holds does not have the checksum .*Delete the file"):
+        second_moment(model, "0", examples, cache=tmp_path)
