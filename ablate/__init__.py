@@ -31,6 +31,7 @@ from ablate.gating import ablated as ablated
 from ablate.keep import KeepPlan as KeepPlan
 from ablate.loading import load_data as load_data
 from ablate.loading import load_model as load_model
+from ablate.logits import logits_of as logits_of
 from ablate.logs import log_to as log_to
 from ablate.machine import Speed as Speed
 from ablate.outputs import CrossEntropyLoss as CrossEntropyLoss

@@ -80,6 +80,7 @@ class _Settings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     precision: str = "float32"
     mode: str = "auto"
+    output_key: str | int | None = None
     ablation_factor: float | None = Field(default=None, allow_inf_nan=False)
     batch_size: int | None = Field(default=None, ge=1)
     memory_budget: int | None = Field(default=None, ge=1)
@@ -155,6 +156,7 @@ class CampaignSpec:
         i % their count.
       seed: Of the keep-vectors; row i depends on (seed, i) alone.
       output: A registered name or an instance of a subclass of `Output`.
+      output_key: As for `Engine`.
       components: `{"kinds": [...], "include": [...], "exclude": [...]}`, or `{"preset": "coar-resnet"}`.
       index: A ready ComponentIndex, instead of `components`.
       ablation: `zero`, `mean` (over the campaign's own examples), `scale` (by `ablation_factor`), or an instance.
@@ -268,6 +270,7 @@ class CampaignSpec:
             model,
             index,
             self.output,
+            output_key=settings.output_key,
             device=device,
             precision=settings.precision,
             ablation=self._ablation(examples),
