@@ -40,6 +40,7 @@ from ablate.outputs import LogProbability as LogProbability
 from ablate.outputs import Margin as Margin
 from ablate.outputs import Output as Output
 from ablate.outputs import TokenMeanMargin as TokenMeanMargin
+from ablate.outputs import Value as Value
 from ablate.presets import preset_names as preset_names
 from ablate.reference import reference_outputs as reference_outputs
 from ablate.residual import register_residual as register_residual

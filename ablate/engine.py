@@ -167,7 +167,8 @@ class Engine:
         Args:
           keep: (rows, components) bool, True = kept.
           inputs: A tensor (examples, ...), a `Dataset` of (input, target), or `Examples` (then no targets).
-          targets: Labels (examples,), integers; for language models (examples, tokens).
+          targets: Labels (examples,), integers; for language models (examples, tokens). None where the output needs
+            none (`value`).
 
         Returns:
           (rows, examples) on the CPU, float32, or float64 in that precision.
@@ -292,7 +293,7 @@ class Engine:
             yield runner, self._chunks(examples, runner.batch_size)
 
     def _examples(self, inputs: Any, targets: Any) -> Examples:
-        examples = Examples.of(inputs, targets)
+        examples = Examples.of(inputs, targets, labelled=self.output.needs_labels)
         check_targets(examples, self.output)
         return examples
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ablate.errors import DataError
@@ -51,35 +52,50 @@ def logits_of(returned: Any, key: OutputKey = None) -> Tensor:
     raise DataError(f"{_says(returned, entries)}{unclear}. {_advice(entries)}")
 
 
+def class_logits(logits: Tensor) -> Tensor:
+    """Returns logits (examples, classes); of one logit z each, (examples, 1) or (examples,), the two logits 0 and z.
+
+    Softmax over these two is the sigmoid of z, and the prediction is class 1 exactly where z is above 0.
+    """
+    if logits.ndim == 2 and logits.shape[1] != 1:
+        return logits
+    column = logits.reshape(len(logits), 1)
+    return torch.cat([torch.zeros_like(column), column], dim=1)
+
+
 class LogitsAlone:
     """A forward hook that makes a model return its logits and nothing else."""
 
-    def __init__(self, key: OutputKey) -> None:
-        self._key = key
+    def __init__(self, key: OutputKey, of_classes: bool) -> None:
+        self._key, self._of_classes = key, of_classes
 
-    def __call__(self, module: nn.Module, args: Any, returned: Any) -> Tensor | None:
-        """Returns the logits; None, which leaves the result as it is, where they are the result."""
-        if isinstance(returned, Tensor) and self._key is None:
-            return None
-        return logits_of(returned, self._key)
+    def __call__(self, module: nn.Module, args: Any, returned: Any) -> Tensor:
+        """Returns the logits: the result itself where it is one tensor."""
+        logits = logits_of(returned, self._key)
+        return class_logits(logits) if self._of_classes and logits.ndim in (1, 2) else logits
 
 
 @contextmanager
 def logits_alone(copy: nn.Module, key: OutputKey = None) -> Iterator[None]:
     """Makes a model that we own return its logits alone for a `with` block; copies made meanwhile do so for good."""
-    handle = copy.register_forward_hook(LogitsAlone(key))
+    handle = copy.register_forward_hook(LogitsAlone(key, of_classes=False))
     try:
         yield
     finally:
         handle.remove()
 
 
-def returning_logits(copy: nn.Module, key: OutputKey = None) -> nn.Module:
+def returning_logits(copy: nn.Module, key: OutputKey = None, *, of_classes: bool = False) -> nn.Module:
     """Makes a model that we own return its logits alone, for good, and returns it.
 
     Not for a user's model: it gets a hook, which copies of it keep.
+
+    Args:
+      copy: The model.
+      key: As for `logits_of`.
+      of_classes: One logit per example becomes the two of its classes, see `class_logits`.
     """
-    copy.register_forward_hook(LogitsAlone(key))
+    copy.register_forward_hook(LogitsAlone(key, of_classes))
     return copy
 
 

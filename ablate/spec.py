@@ -30,7 +30,7 @@ from ablate.engine import Engine
 from ablate.errors import SpecError
 from ablate.loading import check_tokens, load_data, load_model
 from ablate.machine import Speed
-from ablate.outputs import Output
+from ablate.outputs import Output, get_output
 from ablate.sources import AnyData, AnyModel, DataSource, ModelSource, OpenClipModel
 from ablate.spec_problems import FRACTION_TAGS, check_names, check_place, explain, short
 from stores.places import resolve
@@ -241,7 +241,7 @@ class CampaignSpec:
                 model, transform = load_model(model)
             if isinstance(data, AnyData):
                 data = load_data(data, transform, None if embeds else model)
-            examples = Examples.of(data)
+            examples = Examples.of(data, labelled=get_output(self.output).needs_labels)
             check_tokens(model, examples)
             self._loaded = model, examples
         return self._loaded

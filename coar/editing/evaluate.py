@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ablate import Examples, model_hash, preserved_random_state
 from ablate.copying import device_of
-from ablate.logits import OutputKey, logits_of
+from ablate.logits import OutputKey, class_logits, logits_of
 from ablate.progress import progress_bar
 from coar.editing.abstract import Editor
 from coar.editing.benchmark_sets import reject_duplicates
@@ -64,7 +64,13 @@ def predictions(
     """
     _require_eval(model)
     if examples.per_token:
-        raise EditError("These examples have a target per token; predictions are one class per example.")
+        raise EditError(
+            "These examples have a target per token, and predictions are one class per example: editing of language "
+            "models is not supported yet. Wrap the model so that it returns the logits of one token, and give the "
+            "label of each example."
+        )
+    if not examples.labelled:
+        raise EditError("These examples have no labels; predictions are compared with them. Give one class each.")
     if batch_size < 1:
         raise EditError(f"batch_size is {batch_size}, expected at least 1.")
     device = device_of(model)
@@ -101,12 +107,12 @@ def _run(model: nn.Module, inputs: Tensor) -> Any:
 
 
 def _classes(logits: Tensor, examples: Examples, start: int, targets: Tensor) -> npt.NDArray[np.int64]:
-    if logits.ndim != 2 or len(logits) != len(targets):
+    if logits.ndim not in (1, 2) or len(logits) != len(targets):
         raise EditError(
             f"The model returns shape {tuple(logits.shape)} for {len(targets)} examples, expected logits of shape "
             "(examples, classes)."
         )
-    values = logits.detach().double().cpu().numpy()
+    values = class_logits(logits.detach()).double().cpu().numpy()
     bad = (np.isnan(values) | (values == np.inf)).any(axis=1)
     if bad.any():
         raise EditError(

@@ -90,7 +90,7 @@ class Training:
         refuse_training_mode(model)
         self.settings, self.selection, self.images = settings, selection, Images(images)
         self._store = None if store is None else Path(store)
-        self._model = returning_logits(copy_of(model).requires_grad_(False))
+        self._model = returning_logits(copy_of(model).requires_grad_(False), of_classes=True)
         self._device = device_of(self._model)
         self._layout = MaskLayout(selection)
         for name, weight in self._layout.gated(self._model).items():

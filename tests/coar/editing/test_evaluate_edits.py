@@ -344,7 +344,13 @@ def test_an_editor_that_does_harm_is_named_with_its_example(editor: Any, message
         ),
         (
             lambda net: predictions(net, Examples(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4).long())),
-            "These examples have a target per token; predictions are one class per example.",
+            "These examples have a target per token, and predictions are one class per example: editing of language "
+            "models is not supported yet. Wrap the model so that it returns the logits of one token, and give the "
+            "label of each example.",
+        ),
+        (
+            lambda net: predictions(net, Examples.unlabelled(torch.zeros(2, 4))),
+            "These examples have no labels; predictions are compared with them. Give one class each.",
         ),
         (
             lambda net: evaluate_edit(net, Always(0), {}),
