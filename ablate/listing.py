@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ablate.convolutions import CONVOLUTIONS
 from ablate.errors import ModelMismatchError, SelectionError, UnknownNameError
 from ablate.kinds import KINDS, Anatomy, Slices
 from ablate.sharing import first_names
@@ -112,7 +113,7 @@ def _count(module: nn.Module, slices: Slices) -> int:
 
 def default_kinds(anatomy: Anatomy) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the default kinds for a model, and the modules to leave out with them."""
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in anatomy.modules.values())
+    convolutions = sum(isinstance(module, CONVOLUTIONS) for module in anatomy.modules.values())
     linear = [name for name, module in anatomy.modules.items() if linear_axes(module)]
     if convolutions > len(linear[:-1]):
         return ("conv_filter",), ()
