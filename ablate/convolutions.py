@@ -1,8 +1,8 @@
 """Convolutions of any dimension, plain and transposed: where their filters are in the weight, and what these make.
 
-A plain convolution's weight is (out, in / groups, ...): filter i is row i and makes channel i. A transposed one's is (in,
-out / groups, ...): filter i is column i. With several groups column i makes channel i *of every group*, which is then one
-component; where each group makes a single channel, the rows of that group are its filter.
+A plain convolution's weight is (out, in / groups, ...): filter i is row i and makes channel i. A transposed one's is
+(in, out / groups, ...): filter i is column i. With several groups column i makes channel i *of every group*, which is
+then one component; where each group makes a single channel, the rows of that group are its filter.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def logits_of(returned: Any, key: OutputKey = None) -> Tensor:
                 "nothing to choose from. Leave output_key out."
             )
         return returned
-    entries = _entries(returned)
+    entries = entries_of(returned)
     if key is None and LOGITS in entries:
         key = LOGITS
     if key is not None:
@@ -99,7 +99,7 @@ def returning_logits(copy: nn.Module, key: OutputKey = None, *, of_classes: bool
     return copy
 
 
-def _entries(returned: Any) -> dict[str | int, Any]:
+def entries_of(returned: Any) -> dict[str | int, Any]:
     """Returns the parts of what a model returned by name or position, without those that are None."""
     if isinstance(returned, Mapping):
         found = dict(returned.items())
@@ -157,5 +157,5 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, tuple, list)) or is_dataclass(value):
-        for part in _entries(value).values():
+        for part in entries_of(value).values():
             yield from tensors_in(part)

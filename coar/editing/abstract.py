@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ablate import AblateError, ModelMismatchError, Selection, model_hash, preserved_random_state
 from ablate.copying import copy_of, device_of
 from ablate.faithful import doubts
+from ablate.flow import seen_with
 from ablate.logits import OutputKey, returning_logits
 from ablate.sharing import tie
 from coar.editing.edit import Edit
@@ -117,7 +118,8 @@ class Editor(ABC):
           ablate.GatingError: A copy of the model would go on running the original's weights; names them.
         """
         if selection is None:
-            selection = self.default_selection(model)
+            with seen_with(model, request.inputs):
+                selection = self.default_selection(model)
         self._check_model(model, selection)
         request = request.checked(self.needs, self.title).to(device_of(model))
         log = EditLog(progress)
