@@ -29,7 +29,7 @@ class Place:
 
     Attributes:
       kind: `ffn`, `attention`, `residual` or `module`; of layers of several kinds: all, joined by " + ".
-      layers: Names of the layers, in the model's order.
+      layers: Names of the layers, in the order of their use.
       selection: Their weights.
     """
 
