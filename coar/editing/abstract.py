@@ -20,7 +20,7 @@ from coar.editing.edit import Edit
 from coar.editing.log import EditLog
 from coar.editing.operations import Operation
 from coar.editing.places import last_layer
-from coar.editing.request import Request
+from coar.editing.request import TOKENS, Request
 from coar.editing.settings import wrong_types
 from coar.editing.weights import covered
 from coar.errors import EditError, EditMismatchError
@@ -173,7 +173,8 @@ class Editor(ABC):
             raise EditError(f"The model fails on inputs of shape {tuple(request.inputs.shape)}: {reason}.") from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(request.inputs):
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise EditError(f"The model returns {found} for the inputs, expected logits {LOGITS}.")
+            tokens = f" {TOKENS}" if isinstance(logits, Tensor) and logits.ndim == 3 else ""
+            raise EditError(f"The model returns {found} for the inputs, expected logits {LOGITS}.{tokens}")
         if not torch.isfinite(logits).all():
             bad = int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
             raise EditError(f"The model's logits for input {bad} hold NaN or infinite values.")

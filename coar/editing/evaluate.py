@@ -24,7 +24,7 @@ from coar.editing.abstract import Editor
 from coar.editing.benchmark_sets import reject_duplicates
 from coar.editing.edit import Edit
 from coar.editing.edit_predictions import LOCALITY, EditPredictions, KeptPredictions, compact
-from coar.editing.request import Request
+from coar.editing.request import TOKENS, Request
 from coar.errors import EditError
 from coar.metrics.accuracy import Accuracy
 from coar.metrics.corrected import Outcomes, outcomes
@@ -64,11 +64,7 @@ def predictions(
     """
     _require_eval(model)
     if examples.per_token:
-        raise EditError(
-            "These examples have a target per token, and predictions are one class per example: editing of language "
-            "models is not supported yet. Wrap the model so that it returns the logits of one token, and give the "
-            "label of each example."
-        )
+        raise EditError(f"These examples have a target per token, and predictions are one class per example. {TOKENS}")
     if not examples.labelled:
         raise EditError("These examples have no labels; predictions are compared with them. Give one class each.")
     if batch_size < 1:

@@ -20,7 +20,7 @@ from coar.editing.edit import Edit
 from coar.editing.evaluate import evaluate_edit, evaluate_single_edits, predictions
 from coar.editing.log import EditLog
 from coar.editing.operations import Ablate
-from coar.editing.request import Request
+from coar.editing.request import TOKENS, Request
 from coar.errors import EditError
 
 Untouched = Callable[..., AbstractContextManager[None]]
@@ -344,9 +344,7 @@ def test_an_editor_that_does_harm_is_named_with_its_example(editor: Any, message
         ),
         (
             lambda net: predictions(net, Examples(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4).long())),
-            "These examples have a target per token, and predictions are one class per example: editing of language "
-            "models is not supported yet. Wrap the model so that it returns the logits of one token, and give the "
-            "label of each example.",
+            f"These examples have a target per token, and predictions are one class per example. {TOKENS}",
         ),
         (
             lambda net: predictions(net, Examples.unlabelled(torch.zeros(2, 4))),
