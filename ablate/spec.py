@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from ablate.components import ComponentIndex
 from ablate.data import Examples
 from ablate.engine import Engine
 from ablate.errors import SpecError
+from ablate.flow import seen_with
 from ablate.loading import check_tokens, load_data, load_model
 from ablate.machine import Speed
 from ablate.outputs import Output, get_output
@@ -254,7 +256,8 @@ class CampaignSpec:
         chosen = self.settings.components
         if chosen.preset is not None:
             return ComponentIndex.from_preset(model, chosen.preset, include=chosen.include, exclude=chosen.exclude)
-        return ComponentIndex.from_model(model, chosen.kinds, include=chosen.include, exclude=chosen.exclude)
+        with nullcontext() if self._loaded is None else seen_with(model, self._loaded[1].model_inputs(0, 1)):
+            return ComponentIndex.from_model(model, chosen.kinds, include=chosen.include, exclude=chosen.exclude)
 
     def make_engine(self, model: nn.Module, index: ComponentIndex, examples: Examples | None = None) -> Engine:
         """Returns the engine the spec asks for; device `auto` is CUDA where there is one, else where the model is.
