@@ -235,7 +235,10 @@ def _outline(model: nn.Module) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    outline: nn.Module = copy.deepcopy(model, memo).eval()
+    outline: nn.Module = copy.deepcopy(model, memo)
+    if {id(module) for module in outline.modules()} & {id(module) for module in model.modules()}:
+        raise TypeError("A module is its own copy.")
+    outline.eval()
     for module in outline.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
@@ -276,6 +279,8 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
     def create_arg(self, a: Any) -> Any:
         """Returns an argument as the graph keeps it: tensors by name."""
+        if isinstance(a, nn.Parameter) and id(a) not in self._names:
+            raise TypeError("A weight that is none of the copy's: what runs is not the copy.")
         if isinstance(a, Tensor):
             return self.graph.create_node("get_attr", self._names.get(id(a), "a constant"))
         try:
