@@ -18,10 +18,10 @@ CONVOLUTIONS = PLAIN + TRANSPOSED
 
 
 class Filters(NamedTuple):
-    """The axis of a convolution's weight along which its filters lie, and how many they are; None: one per slice."""
+    """The axis of a convolution's weight along which its filters lie, in how many equal runs; None: one per slice."""
 
     axis: int
-    count: int | None = None
+    runs: int | None = None
 
 
 def filters_of(module: nn.Module) -> Filters | None:

@@ -36,7 +36,7 @@ Rule = Callable[[str, nn.Module, Anatomy], list[Slices]]
 
 def _conv_filter(name: str, module: nn.Module, model: Anatomy) -> list[Slices]:
     filters = filters_of(module)
-    return [Slices("weight", "out", filters.axis, filters.count)] if filters else []
+    return [Slices("weight", "out", filters.axis, filters.runs)] if filters else []
 
 
 def _linear_neuron(name: str, module: nn.Module, model: Anatomy) -> list[Slices]:

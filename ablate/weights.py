@@ -81,7 +81,8 @@ class _Weight:
             if port.port == "in":
                 inside = gate if inside is None else inside * gate
                 continue
-            gate = gate if self.bias is None else per_channel(own, port.width, len(self.bias))
+            if self.bias is not None and self.changes_bias:
+                gate = per_channel(own, port.width, len(self.bias))
             if port.with_bias:
                 branch = gate if branch is None else branch * gate
             else:
