@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -51,7 +52,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def net(name: str, randomise: Randomise) -> nn.Module:
-    return randomise(Net(LAYERS[name][0]), 1).eval()
+    return randomise(Net(copy.deepcopy(LAYERS[name][0])), 1).eval()  # one of its own: tests change dtypes
 
 
 @pytest.fixture
