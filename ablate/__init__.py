@@ -31,6 +31,7 @@ from ablate.gating import ablated as ablated
 from ablate.keep import KeepPlan as KeepPlan
 from ablate.loading import load_data as load_data
 from ablate.loading import load_model as load_model
+from ablate.logits import logits_of as logits_of
 from ablate.logs import log_to as log_to
 from ablate.machine import Speed as Speed
 from ablate.outputs import CrossEntropyLoss as CrossEntropyLoss
@@ -39,6 +40,7 @@ from ablate.outputs import LogProbability as LogProbability
 from ablate.outputs import Margin as Margin
 from ablate.outputs import Output as Output
 from ablate.outputs import TokenMeanMargin as TokenMeanMargin
+from ablate.outputs import Value as Value
 from ablate.presets import preset_names as preset_names
 from ablate.reference import reference_outputs as reference_outputs
 from ablate.residual import register_residual as register_residual

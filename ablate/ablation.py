@@ -116,14 +116,15 @@ class _Sums(UseMode):
     def before(self, name: str, op: Op, rows: Rows, x: Tensor) -> Tensor:
         """Adds an input."""
         if name in self.ports["in"]:
-            self._add("in", name, 1 - op.out_axis, op, 0, x)
+            self._add("in", name, self.sizes[name][1 - op.out_axis], op, 0, x)
         return x
 
     def after(self, name: str, op: Op, rows: Rows, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """Adds an output."""
         self._require_own_bias(name, rows, bias)
         if name in self.ports["out"]:
-            self._add("out", name, op.out_axis, op, rows.start, y)
+            total = self.sizes[name][op.out_axis] if op.groups is None else rows.stop
+            self._add("out", name, total, op, rows.start, y)
         return y
 
     def _require_own_bias(self, name: str, rows: Rows, bias: Tensor | None) -> None:
@@ -137,12 +138,12 @@ class _Sums(UseMode):
                 f"mean. Ablate to zero, or leave it out with exclude=[{module!r}]."
             )
 
-    def _add(self, side: str, name: str, axis: int, op: Op, start: int, values: Tensor) -> None:
+    def _add(self, side: str, name: str, total: int, op: Op, start: int, values: Tensor) -> None:
         channels = op.channels % values.ndim
         flat = values.movedim(channels, -1).reshape(-1, values.shape[channels]).double()
         seen = slice(start, start + flat.shape[1])
         for totals, added in ((self.sums, flat.sum(dim=0)), (self.counts, len(flat))):
-            zeros = torch.zeros(self.sizes[name][axis], dtype=torch.float64, device=values.device)
+            zeros = torch.zeros(total, dtype=torch.float64, device=values.device)
             totals.setdefault((side, name), zeros)[seen] += added
 
 

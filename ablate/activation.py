@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ablate.ablation import Means
 from ablate.attention import attention_forward
 from ablate.components import ComponentIndex, Port
+from ablate.convolutions import per_channel
 from ablate.errors import GatingError
 from ablate.gates import EVERY_ROW, Gates, Tap
 from ablate.probe import Layout, ProbeReport, Use, no_fast_path
@@ -145,6 +146,12 @@ class _Site:
         """Whether all uses agree on where the examples are."""
         return len({(use.in_layout, use.out_layout) for use in self.uses}) == 1
 
+    def channels(self, port: Port) -> int:
+        """Returns how many channels one of the ports gates: those of the weight, of a transposed convolution of all."""
+        if port.port == "out" and self.uses and self.uses[0].op.groups is not None:
+            return self.uses[0].rows.stop
+        return port.count * port.width
+
     def leaf(self, owner: str) -> str:
         """Returns the parameter's name within a module."""
         return self.parameter.removeprefix(f"{owner}.") if owner else self.parameter
@@ -225,9 +232,7 @@ class ActivationGates:
             if gates is None:
                 continue
             for first, port in site.ports:
-                mine = gates[:, first : first + port.count]
-                if port.width > 1:
-                    mine = mine.repeat_interleave(port.width, dim=1)
+                mine = per_channel(gates[:, first : first + port.count], port.width, site.channels(port))
                 if port.with_bias:
                     site.gates.branch = _times(site.gates.branch, mine)
                 elif port.port == "in":
@@ -313,7 +318,8 @@ def _problem(port: Port, report: ProbeReport) -> str | None:
     if not uses:
         return "it was never used when the model ran on two examples"
     for use in uses:
-        if (port.axis == use.op.out_axis) != (port.port == "out"):
+        filters = port.axis == use.op.out_axis or (use.op.groups is not None and port.count == use.rows.stop)
+        if filters != (port.port == "out"):
             return f"axis {port.axis} of its weight is no {port.port} port of {use.op.name}"
         if port.port == "in" and use.op.name.startswith("conv"):
             return f"in ports of {use.op.name} are not gated"

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ablate.data import Examples
-from ablate.errors import DataError, KeepError, LabelError, NonFiniteOutputError, SpecError
+from ablate.data import MISSING, Examples
+from ablate.errors import AblateError, DataError, KeepError, LabelError, NonFiniteOutputError, SpecError
 from ablate.outputs import Output
 
 
@@ -66,34 +66,66 @@ def _tensor(array: Any) -> Tensor:
     return array if isinstance(array, Tensor) else torch.from_numpy(array.copy())  # torch takes no reversed views
 
 
-def check_logits(logits: Any, examples: int, output: Output) -> None:
-    """Raises DataError unless a model returned what an output needs: logits of each example, or of each token."""
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    axes = "tokens, vocabulary" if output.per_token else "classes"
-    ndim = 3 if output.per_token else 2
-    fits = isinstance(logits, Tensor) and logits.ndim == ndim and logits.shape[0] == examples and logits.shape[-1] >= 2
-    if not fits:
+def check_logits(logits: Tensor, examples: int, output: Output) -> None:
+    """Raises DataError unless a model returned what an output needs, with the examples along the first axis."""
+    shape = tuple(logits.shape)
+    if not shape or shape[0] != examples:
+        expected: str | None = f"shape ({examples}, ...): an entry per example"
+    else:
+        expected = output.expected(shape)
+    if expected is not None:
         raise DataError(
-            f"The model returned {shape} for {examples} examples, expected logits of shape ({examples}, {axes}) with "
-            f"at least 2 {'words' if output.per_token else 'classes'}. Wrap the model so that it returns its logits."
+            f"The model returned shape {shape} for {examples} examples, expected {expected} for output "
+            f"{output.name!r}. Choose another output, or wrap the model so that it returns its logits."
         )
 
 
-def check_labels(logits: Tensor, targets: Tensor, first: int) -> None:
+def check_labels(logits: Tensor, targets: Tensor, first: int, output: Output) -> None:
     """Raises LabelError unless the labels of a batch, from example `first` on, are classes of the model."""
-    classes = logits.shape[-1]
+    classes = output.classes(tuple(logits.shape))
+    if classes is None:
+        return
     lowest = -1 if targets.ndim == 1 else -(2**62)  # a negative target of a token means: not scored
     outside = torch.nonzero(((targets < 0) & (lowest == -1)) | (targets >= classes))
     if len(outside):
-        label = int(targets[tuple(outside[0])])
+        label, where = int(targets[tuple(outside[0])]), first + int(outside[0][0])
+        if logits[0].numel() == 1:
+            raise LabelError(
+                f"The label of example {where} is {label}, expected 0 or 1: the model has one logit, which says how "
+                "much it is 1. Of a model that predicts a number take output='value', which needs no labels."
+            )
         raise LabelError(
-            f"The label of example {first + int(outside[0][0])} is {label}, expected a class from 0 to "
-            f"{classes - 1}: the model has {classes} classes. Map the labels to them."
+            f"The label of example {where} is {label}, expected a class from 0 to {classes - 1}: the model has "
+            f"{classes} classes. Map the labels to them."
         )
+
+
+def measured(output: Output, logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the outputs of a batch, (examples,), or raises DataError naming the output that cannot give them."""
+    given = f"what the model returns, shape {tuple(logits.shape)}, and targets of shape {tuple(targets.shape)}"
+    try:
+        values = output(logits, targets)
+    except (torch.OutOfMemoryError, AblateError):
+        raise
+    except Exception as error:  # whatever an output of the user's own raises
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise DataError(f"Output {output.name!r} fails on {given}: {type(error).__name__}: {reason}.") from error
+    if not isinstance(values, Tensor):
+        raise DataError(f"Output {output.name!r} gives a {type(values).__name__} for {given}, expected a tensor.")
+    if tuple(values.shape) != (len(targets),):  # a scalar would be broadcast without a word
+        raise DataError(
+            f"Output {output.name!r} returned shape {tuple(values.shape)} for {len(targets)} examples, "
+            f"expected ({len(targets)},): one number per example."
+        )
+    return values
 
 
 def check_targets(examples: Examples, output: Output) -> None:
     """Raises DataError unless the examples have the targets an output needs: one per example, or one per token."""
+    if output.needs_labels and not examples.labelled:
+        raise DataError(
+            f"{MISSING} Or take an output that needs none, like output='value': output {output.name!r} does."
+        )
     if examples.per_token != output.per_token:
         needs = "a target per token (examples, tokens)" if output.per_token else "one label per example (examples,)"
         raise DataError(

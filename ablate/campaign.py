@@ -114,6 +114,7 @@ def subject_identity(model: str, examples: Examples, engine: Engine) -> dict[str
         "output": f"{engine.output.name} ({output.__module__}.{output.__qualname__})",
         "ablation": engine.ablation.describe(),
         "precision": engine.precision,
+        **({} if engine.output_key is None else {"output_key": engine.output_key}),
     }
 
 

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
-from ablate.errors import ModelMismatchError, SelectionError, UnknownNameError, nearest
+from ablate.defaults import default_components
+from ablate.errors import AblateError, DataError, ModelMismatchError, SelectionError, UnknownNameError, nearest
+from ablate.flow import Flow, flow_of
 from ablate.kinds import KINDS, STRUCTURAL, Anatomy
 from ablate.kinds import component_kinds as component_kinds
-from ablate.listing import Listing, default_kinds, excluded_by_name
+from ablate.listing import BY_NAME, Listing, excluded_by_name
 from ablate.listing import Port as Port
 from stores import content_hash
 
@@ -51,6 +53,21 @@ class Component:
     n_parameters: int
 
 
+def _flow(model: nn.Module, example_inputs: Tensor | None) -> Flow | None:
+    try:
+        return flow_of(model, example_inputs)
+    except AblateError:
+        raise
+    except Exception as error:  # whatever a model raises on inputs it does not take
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise DataError(f"The model fails on example_inputs: {type(error).__name__}: {reason}.") from error
+
+
+def _kinds_of(anatomy: Anatomy) -> list[str]:
+    """Returns the kinds of which a model has components."""
+    return [kind for kind, rule in KINDS.items() if any(rule(n, m, anatomy) for n, m in anatomy.modules.items())]
+
+
 class ComponentIndex:
     """The ordered table of all components of one model. Immutable; equal indices have equal hashes."""
 
@@ -67,6 +84,7 @@ class ComponentIndex:
         *,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        example_inputs: Tensor | None = None,
     ) -> ComponentIndex:
         """Returns the index of a model's components, in the order of `model.named_modules()`. Mutates nothing.
 
@@ -74,21 +92,25 @@ class ComponentIndex:
           model: Any module. A weight that several modules share is listed once, under the first.
           kinds: Component kinds (see `component_kinds()`). Where two of them mean the same slices of a weight, the
             first counts. None: `conv_filter` where convolutions outnumber hidden linear layers, else `linear_neuron`
-            without the last linear layer, which holds the classes themselves, and with the query, key and value rows
-            that an attention keeps outside of linear layers.
+            with the query, key and value rows that an attention keeps outside of linear layers. Never the rows that
+            make the classes, nor layers that a forward pass does not use; `left_out()` says how these were found.
           include, exclude: Patterns of module names (`layer4.*`).
+          example_inputs: At least one input (examples, ...), with which a copy of the model is run to find the layers
+            that make the classes; for `kinds=None`. Without, the model is followed, or, where that cannot be done,
+            every layer that may make the classes is left out.
 
         Raises:
           UnknownNameError: A kind or a pattern that fits nothing.
           SelectionError: No component is left.
+          DataError: The model fails on `example_inputs`.
         """
         if isinstance(kinds, str):
             raise SelectionError(f"kinds is the string {kinds!r}, expected a list: kinds=[{kinds!r}].")
         anatomy = Anatomy(model)
         excluded = excluded_by_name(anatomy, include, exclude)
         if kinds is None:
-            kinds, last = default_kinds(anatomy)
-            excluded |= dict.fromkeys(last, "excluded by name")
+            kinds, without = default_components(anatomy, _flow(model, example_inputs))
+            excluded = without | excluded
         for kind in kinds:
             if kind not in KINDS:
                 raise UnknownNameError("component kind", kind, KINDS)
@@ -110,9 +132,12 @@ class ComponentIndex:
                     "ablate.register_attention, register_feed_forward and register_residual."
                 )
             )
+            reasons = {reason: name for name, _, count, reason in listing.left_out if count and reason != BY_NAME}
+            why = "".join(f" Left out: {name!r} ({reason})." for reason, name in reasons.items())
             raise SelectionError(
                 f"{type(anatomy.modules['']).__name__} has no component of kind {', '.join(kinds)} in the modules "
-                f"asked for. Kinds: {', '.join(KINDS)}. Give other kinds, or widen include/exclude.{unknown}"
+                f"asked for.{why} Kinds: {', '.join(KINDS)}; in this model: {', '.join(_kinds_of(anatomy)) or 'none'}. "
+                f"Give other kinds, or widen include/exclude.{unknown}"
             )
         return cls(listing.ports, listing.left_out)
 

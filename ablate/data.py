@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -16,12 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ablate.errors import DataError
+from ablate.labels import UNLABELLED, checked_targets, item_label
 from ablate.repeatable import FirstReads
 from ablate.state import preserved_random_state
 from ablate.tensors import as_tensor, refuse_tables
 
 Normalize = tuple[Sequence[float], Sequence[float]]
 TEXT_GROUP = "text"  # of examples with a target per token, unless groups are given
+UNLABELLED_GROUP = "unlabelled"  # of examples without labels, unless groups are given
+MISSING = "Labels are missing: give targets, one integer per example, beside the inputs."
 
 
 class Examples:
@@ -29,8 +31,8 @@ class Examples:
 
     Args:
       inputs: A tensor or array (examples, ...), or a map-style `Dataset` whose items are (input, target).
-      targets: Class labels (examples,), integers; or one target per token (examples, tokens), negative where there is
-        nothing to score. None for a `Dataset`: read from its items, once.
+      targets: Class labels (examples,), whole numbers, also as a column (examples, 1); or one target per token
+        (examples, tokens), negative where there is nothing to score. None for a `Dataset`: read from its items, once.
       ids: A distinct name per example; default: "0", "1", ...
       groups: The group of each example, for reports and edits; default: the label, or "text" for targets per token.
       normalize: For uint8 images (examples, channels, height, width): (mean, std) per channel, of pixels in [0, 1].
@@ -56,10 +58,10 @@ class Examples:
         from_items = targets is None
         if targets is None:
             if isinstance(self._inputs, Tensor):
-                raise DataError("Labels are missing: give targets, one integer per example, beside the inputs.")
+                raise DataError(MISSING)
             with preserved_random_state():  # a data set may draw random numbers
                 targets = _labels(self._inputs)
-        self.targets: Tensor = _checked_targets(as_tensor(targets, "Targets"), self._inputs)
+        self.targets: Tensor = checked_targets(as_tensor(targets, "Targets"), lambda: _first_input(self._inputs))
         count = len(self.targets)
         self.ids: tuple[str, ...] = tuple(map(str, range(count) if ids is None else ids))
         if groups is None:
@@ -88,15 +90,33 @@ class Examples:
                 self._check_pixels(self._inputs)
 
     @classmethod
-    def of(cls, data: Any, targets: Any = None) -> Examples:
-        """Returns `data` as Examples: as it is, or made of (inputs, targets), inputs and targets, or a Dataset."""
+    def of(cls, data: Any, targets: Any = None, *, labelled: bool = True) -> Examples:
+        """Returns `data` as Examples: as it is, or made of (inputs, targets), inputs and targets, or a Dataset.
+
+        Without `labelled` inputs need no targets.
+        """
         if targets is not None and isinstance(data, (Examples, tuple)):
             raise DataError(f"Targets were given twice: in the {type(data).__name__} and beside it. Give them once.")
         if isinstance(data, Examples):
             return data
-        if isinstance(data, tuple):
-            return cls(*data)
-        return cls(data, targets)
+        given = data if isinstance(data, tuple) else (data, targets)
+        if not labelled and given and isinstance(given[0], (Tensor, np.ndarray)) and given[1:] in ((), (None,)):
+            return cls.unlabelled(given[0])
+        return cls(*given)
+
+    @classmethod
+    def unlabelled(
+        cls,
+        inputs: Tensor | npt.NDArray[Any] | Dataset[Any],
+        ids: Sequence[object] | npt.NDArray[Any] | None = None,
+        groups: Sequence[object] | npt.NDArray[Any] | None = None,
+        *,
+        normalize: Normalize | None = None,
+    ) -> Examples:
+        """Returns inputs without labels as Examples: for outputs that need none, such as `value`. Targets are -1."""
+        count = _length(inputs)
+        groups = [UNLABELLED_GROUP] * count if groups is None else groups
+        return cls(inputs, np.full(count, UNLABELLED), ids, groups, normalize=normalize)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -181,6 +201,11 @@ class Examples:
         return first.numel() * first.element_size()
 
     @property
+    def labelled(self) -> bool:
+        """Whether there are labels, or targets per token, at all."""
+        return self.per_token or bool((self.targets != UNLABELLED).any())
+
+    @property
     def per_token(self) -> bool:
         """Whether there is a target per token instead of one per example."""
         return self.targets.ndim == 2
@@ -242,44 +267,23 @@ def _item(data: Dataset[Any], i: int) -> Sequence[Any]:
     return item
 
 
+def _first_input(data: Tensor | Dataset[Any]) -> Tensor:
+    """Returns the first input, (1, ...)."""
+    if isinstance(data, Tensor):
+        return data[:1]
+    with preserved_random_state():
+        return as_tensor(_item(data, 0)[0], "The input of item 0")[None]
+
+
 def _labels(data: Dataset[Any]) -> Tensor | list[int]:
     """Returns the targets in a data set's items: a class each, or a target per token each."""
-    labels = [_label(data, i) for i in range(_length(data))]
+    labels = [item_label(_item(data, i), i) for i in range(_length(data))]
     if not any(isinstance(label, Tensor) for label in labels):
         return labels  # type: ignore[return-value]  # all are integers
     shapes = sorted({tuple(label.shape) if isinstance(label, Tensor) else () for label in labels})
     if len(shapes) > 1:
         raise DataError(f"Targets have different shapes, {shapes}: pad them to one length with -100.")
     return torch.stack([label for label in labels if isinstance(label, Tensor)])
-
-
-def _label(data: Dataset[Any], i: int) -> int | Tensor:
-    item = _item(data, i)
-    try:
-        if isinstance(item[1], (Tensor, np.ndarray)) and item[1].ndim == 1 and len(item[1]) > 1:
-            return as_tensor(item[1], f"The target of item {i}")
-        return operator.index(item[1])
-    except (IndexError, TypeError, ValueError):
-        got = repr(item[1]) if len(item) > 1 else "nothing"
-        raise DataError(f"The label of item {i} is {got}, expected an integer: the class.") from None
-
-
-def _checked_targets(raw: Tensor, inputs: Tensor | Dataset[Any]) -> Tensor:
-    got = f"Targets are {raw.dtype} of shape {tuple(raw.shape)}, expected integers of shape (examples,)"
-    if raw.ndim not in (1, 2) or raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool:
-        raise DataError(f"{got}.")
-    if raw.ndim == 2:
-        if isinstance(inputs, Tensor) and tuple(inputs.shape[1:2]) != tuple(raw.shape[1:]):
-            raise DataError(
-                f"{got}, or one per token: (examples, tokens) beside inputs (examples, tokens). Inputs are "
-                f"{tuple(inputs.shape)}."
-            )
-        unscored = torch.nonzero((raw < 0).all(dim=1)).flatten()
-        if len(unscored):
-            raise DataError(
-                f"Example {int(unscored[0])} has no token to score: all its targets are negative. Leave it out."
-            )
-    return raw.to(device="cpu", dtype=torch.int64)
 
 
 def _checked_normalize(normalize: Normalize) -> tuple[tuple[float, ...], tuple[float, ...]]:

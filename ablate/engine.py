@@ -34,6 +34,7 @@ from ablate.data import Examples
 from ablate.errors import DataError, GatingError, OutOfMemoryError, UnknownNameError
 from ablate.explain import explain
 from ablate.faithful import doubts
+from ablate.logits import OutputKey, logits_alone
 from ablate.machine import ATTENTION, Machine, Speed, some_of_all
 from ablate.memory import MemoryPlan
 from ablate.outputs import Output, get_output
@@ -69,6 +70,8 @@ class Engine:
       model: Any module that maps inputs (batch, ...) to logits. Copied once, never changed.
       index: The components that can be switched off.
       output: A registered name (`margin`, `logit`, `loss`, ...) or an instance of a subclass of `Output`.
+      output_key: Where in what the model returns the logits are, if it is no tensor: a key, attribute or position.
+        None: what is called `logits`, else the only tensor that is returned; see `ablate.logits_of`.
       device: Where to run; None: where the model is.
       precision: `float32`, `float64` or `bfloat16`: weights and floating inputs are cast to it. No TF32 on CUDA. In
         bfloat16 the layer that makes the logits stays in float32, as do the outputs.
@@ -101,6 +104,7 @@ class Engine:
         index: ComponentIndex,
         output: str | Output = "margin",
         *,
+        output_key: OutputKey = None,
         device: str | torch.device | None = None,
         precision: str = "float32",
         ablation: str | Ablation = "zero",
@@ -135,6 +139,7 @@ class Engine:
         self._memory_budget = memory_budget
         self._self_check = self_check
         self._name = type(model).__name__
+        self.output_key = output_key
         _require_real(model, index)
         require_apart(model, index)
         self._model = copy_of(model).eval().requires_grad_(False)
@@ -162,7 +167,8 @@ class Engine:
         Args:
           keep: (rows, components) bool, True = kept.
           inputs: A tensor (examples, ...), a `Dataset` of (input, target), or `Examples` (then no targets).
-          targets: Labels (examples,), integers; for language models (examples, tokens).
+          targets: Labels (examples,), integers; for language models (examples, tokens). None where the output needs
+            none (`value`).
 
         Returns:
           (rows, examples) on the CPU, float32, or float64 in that precision.
@@ -287,7 +293,7 @@ class Engine:
             yield runner, self._chunks(examples, runner.batch_size)
 
     def _examples(self, inputs: Any, targets: Any) -> Examples:
-        examples = Examples.of(inputs, targets)
+        examples = Examples.of(inputs, targets, labelled=self.output.needs_labels)
         check_targets(examples, self.output)
         return examples
 
@@ -340,18 +346,19 @@ class Engine:
             return self._runner
         inputs = two_inputs(examples, self.device)
         doubt = doubts(self._live, self._model, some_of_all(self.index), telling(inputs))
-        machine = Machine(
-            self._model,
-            self.index,
-            inputs,
-            device=self.device,
-            dtype=PRECISIONS[self.precision],
-            ablation=self.ablation,
-            speed=self.speed,
-            check=lambda logits: check_logits(logits, 2, self.output),
-            reference=self._reference if isinstance(self.ablation, MeanAblation) else None,
-            self_check=self._self_check,
-        )
+        with logits_alone(self._model, self.output_key):
+            machine = Machine(
+                self._model,
+                self.index,
+                inputs,
+                device=self.device,
+                dtype=PRECISIONS[self.precision],
+                ablation=self.ablation,
+                speed=self.speed,
+                check=lambda logits: check_logits(logits, 2, self.output),
+                reference=self._reference if isinstance(self.ablation, MeanAblation) else None,
+                self_check=self._self_check,
+            )
         if doubt is not None:  # not raised before: the machine knows random models by name
             raise doubt
         measured = self._batch_size is None and self.device.type == "cuda"

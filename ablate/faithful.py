@@ -17,6 +17,7 @@ from ablate.closeness import gap
 from ablate.errors import GatingError
 from ablate.gating import attenuate_memory
 from ablate.lending import lent
+from ablate.logits import tensors_in
 from ablate.selection import Selection
 from ablate.sharing import Extent
 from ablate.state import preserved_random_state
@@ -167,7 +168,7 @@ def _require_equal(model: nn.Module, copied: _Ran, live: _Ran) -> None:
             f"This {name}{which} fails on two of the inputs as it is: {(raised or ['no message'])[0].rstrip('.')}. So "
             "it cannot be shown that a copy of it responds. Give inputs as the model takes them."
         )
-    got, expected = ([leaf for leaf in tree_leaves(run.output) if isinstance(leaf, Tensor)] for run in (copied, live))
+    got, expected = (list(tensors_in(run.output)) for run in (copied, live))
     shapes = [[tensor.shape for tensor in tensors] for tensors in (got, expected)]
     found: object = f"shapes {shapes[0]} for {shapes[1]}" if shapes[0] != shapes[1] else None
     for one, two in zip(got, expected, strict=False):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate.components import ComponentIndex
+from ablate.convolutions import CONVOLUTIONS
 from ablate.copying import cast
 
 
@@ -72,8 +73,9 @@ def add_missing_biases(model: nn.Module, index: ComponentIndex) -> None:
     """Gives gated convolutions, linear layers and attentions without bias one of zeros, in place, to hold a mean."""
     for port in index.ports:
         module: Any = model.get_submodule(port.module)
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and getattr(module, "bias", None) is None:
-            zeros = module.weight.new_zeros(module.weight.shape[0])
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and getattr(module, "bias", None) is None:
+            channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            zeros = module.weight.new_zeros(channels)
             module.bias = nn.Parameter(zeros, requires_grad=False)
         if isinstance(module, nn.MultiheadAttention) and getattr(module, "in_proj_bias", None) is None:
             zeros = module.out_proj.weight.new_zeros(3 * module.embed_dim)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ablate.convolutions import CONVOLUTIONS, TRANSPOSED, filters_of
 from ablate.residual import ResidualBlocks
 from ablate.structure import Structure, Weight, linear_axes, mixing_axes
 
@@ -34,7 +35,8 @@ Rule = Callable[[str, nn.Module, Anatomy], list[Slices]]
 
 
 def _conv_filter(name: str, module: nn.Module, model: Anatomy) -> list[Slices]:
-    return [Slices("weight", "out", 0)] if isinstance(module, nn.Conv2d) else []
+    filters = filters_of(module)
+    return [Slices("weight", "out", filters.axis, filters.runs)] if filters else []
 
 
 def _linear_neuron(name: str, module: nn.Module, model: Anatomy) -> list[Slices]:
@@ -72,8 +74,8 @@ def _residual_branch(name: str, module: nn.Module, model: Anatomy) -> list[Slice
 
 
 def _layer(name: str, module: nn.Module, model: Anatomy) -> list[Slices]:
-    if isinstance(module, nn.Conv2d):
-        return [Slices("weight", "out", 0, 1)]
+    if isinstance(module, CONVOLUTIONS):
+        return [Slices("weight", "out", 1 if isinstance(module, TRANSPOSED) else 0, 1)]
     axes = linear_axes(module)
     if axes:
         return [Slices("weight", "out", axes[0], 1)]

@@ -11,8 +11,8 @@ from torch import nn
 from ablate.errors import ModelMismatchError, SelectionError, UnknownNameError
 from ablate.kinds import KINDS, Anatomy, Slices
 from ablate.sharing import first_names
-from ablate.structure import linear_axes
 
+BY_NAME = "excluded by name"
 _WHOLE = ("residual_branch", "layer")  # kinds with one component per weight
 
 
@@ -110,15 +110,6 @@ def _count(module: nn.Module, slices: Slices) -> int:
     return slices.groups or int(getattr(module, slices.attribute).shape[slices.axis])
 
 
-def default_kinds(anatomy: Anatomy) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the default kinds for a model, and the modules to leave out with them."""
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in anatomy.modules.values())
-    linear = [name for name, module in anatomy.modules.items() if linear_axes(module)]
-    if convolutions > len(linear[:-1]):
-        return ("conv_filter",), ()
-    return neuron_kinds(anatomy), (tuple(linear[-1:]) if len(linear) > 1 else ())
-
-
 def neuron_kinds(anatomy: Anatomy) -> tuple[str, ...]:
     """Returns the kinds of all rows of linear maps: those that an attention keeps as bare weights need their own."""
     bare = any(weight.attribute != "weight" for weights in anatomy.qkv.values() for weight in weights)
@@ -144,7 +135,7 @@ def excluded_by_name(anatomy: Anatomy, include: Sequence[str], exclude: Sequence
                 f"{sum(map(bool, anatomy.modules))} names were tried; patterns like 'layer4.*' are allowed.",
             )
     return {
-        name: "excluded by name"
+        name: BY_NAME
         for name in anatomy.modules
         if not any(fnmatchcase(name, p) for p in include) or any(fnmatchcase(name, p) for p in exclude)
     }

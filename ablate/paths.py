@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ablate.arguments import finite_gradients
+from ablate.convolutions import per_channel
 from ablate.data import Examples
 from ablate.engine import Engine
 from ablate.errors import DataError, GatingError
@@ -177,12 +178,13 @@ class _Step:
         """Adds an effect, in the shape of an activation, to the components (examples, components) it belongs to."""
         by_channel = self._by_channel(effect, here.seen)
         first_row = here.seen.rows.start or 0
-        for first, port in self.runner.machine.activation.sites[here.weight].ports:
+        site = self.runner.machine.activation.sites[here.weight]
+        for first, port in site.ports:
             if here.inside != (port.port == "in" and not port.with_bias):
                 continue
-            units = torch.arange(first_row, first_row + by_channel.shape[1], device=result.device) // port.width
-            inside = units < port.count
-            result.index_add_(1, first + units[inside], by_channel[:, inside].to(result.dtype))
+            units = per_channel(torch.arange(port.count, device=result.device), port.width, site.channels(port))
+            units = units[first_row : first_row + by_channel.shape[1]]
+            result.index_add_(1, first + units, by_channel[:, : len(units)].to(result.dtype))
 
     def _by_channel(self, effect: Tensor, seen: Seen) -> Tensor:
         """Returns an effect summed over places, (examples, channels)."""

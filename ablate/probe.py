@@ -220,7 +220,7 @@ def _record(model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor) -> 
             f"Module {stack.failed!r} is {error}, which is not taken apart. Leave it out with "
             f"exclude=[{stack.failed!r}]."
         ) from error
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, DataError):  # ours: what it returned holds no logits
         raise
     except Exception as error:  # whatever a model raises on inputs it does not take
         raise run_failed(model, stack.failed, inputs, error) from error

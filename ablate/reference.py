@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ablate.components import ComponentIndex
 from ablate.copying import cast, copy_of
 from ablate.gating import attenuate
+from ablate.logits import OutputKey, logits_of
 from ablate.outputs import Output, get_output
 from ablate.state import preserved_random_state
 
@@ -23,6 +24,7 @@ def reference_outputs(
     inputs: Tensor,
     targets: Tensor,
     output: str | Output = "margin",
+    output_key: OutputKey = None,
 ) -> Tensor:
     """Returns the outputs (rows, examples) of a copy of the model per keep-vector. Mutates nothing; for tests."""
     measure = get_output(output)
@@ -37,7 +39,7 @@ def reference_outputs(
                 parameters[c.parameter].narrow(c.axis, c.start, c.stop - c.start).zero_()
                 if c.kind == "residual_branch":  # the end of a branch: its bias goes, too
                     parameters.get(f"{c.module}.bias", torch.zeros(c.stop)).narrow(0, c.start, c.stop - c.start).zero_()
-            rows.append(measure(ablated(inputs), targets))
+            rows.append(measure(logits_of(ablated(inputs), output_key), targets))
     return torch.stack(rows)
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ablate.arguments import check_labels, check_logits
-from ablate.errors import DataError
+from ablate.arguments import check_labels, check_logits, measured
 from ablate.machine import Machine
 from ablate.memory import MemoryPlan, fitting_batch, per_example
 from ablate.outputs import Output
@@ -117,16 +116,10 @@ class Runner:
         """Returns the outputs (batch,) of a batch; looks at its labels the first time, which waits for the device."""
         if first not in self.checked:
             check_logits(logits, len(targets), self.output)
-            check_labels(logits, targets, first)
+            check_labels(logits, targets, first, self.output)
             self.checked.add(first)
         ran(len(targets))
-        values = self.output(logits.to(self.dtype), targets)
-        if tuple(values.shape) != (len(targets),):  # a scalar would be broadcast without a word
-            raise DataError(
-                f"Output {self.output.name!r} returned shape {tuple(values.shape)} for {len(targets)} examples, "
-                f"expected ({len(targets)},): one number per example."
-            )
-        return values
+        return measured(self.output, logits.to(self.dtype), targets)
 
     def _attention_for_gradients(self, inputs: Tensor, gates: Tensor) -> str | None:
         """Returns the attention backend that is faster with gradients, by timing one batch where it is known to matter.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +29,10 @@ from ablate.components import ComponentIndex
 from ablate.data import Examples
 from ablate.engine import Engine
 from ablate.errors import SpecError
+from ablate.flow import seen_with
 from ablate.loading import check_tokens, load_data, load_model
 from ablate.machine import Speed
-from ablate.outputs import Output
+from ablate.outputs import Output, get_output
 from ablate.sources import AnyData, AnyModel, DataSource, ModelSource, OpenClipModel
 from ablate.spec_problems import FRACTION_TAGS, check_names, check_place, explain, short
 from stores.places import resolve
@@ -80,6 +82,7 @@ class _Settings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     precision: str = "float32"
     mode: str = "auto"
+    output_key: str | int | None = None
     ablation_factor: float | None = Field(default=None, allow_inf_nan=False)
     batch_size: int | None = Field(default=None, ge=1)
     memory_budget: int | None = Field(default=None, ge=1)
@@ -155,6 +158,7 @@ class CampaignSpec:
         i % their count.
       seed: Of the keep-vectors; row i depends on (seed, i) alone.
       output: A registered name or an instance of a subclass of `Output`.
+      output_key: As for `Engine`.
       components: `{"kinds": [...], "include": [...], "exclude": [...]}`, or `{"preset": "coar-resnet"}`.
       index: A ready ComponentIndex, instead of `components`.
       ablation: `zero`, `mean` (over the campaign's own examples), `scale` (by `ablation_factor`), or an instance.
@@ -239,7 +243,7 @@ class CampaignSpec:
                 model, transform = load_model(model)
             if isinstance(data, AnyData):
                 data = load_data(data, transform, None if embeds else model)
-            examples = Examples.of(data)
+            examples = Examples.of(data, labelled=get_output(self.output).needs_labels)
             check_tokens(model, examples)
             self._loaded = model, examples
         return self._loaded
@@ -252,7 +256,8 @@ class CampaignSpec:
         chosen = self.settings.components
         if chosen.preset is not None:
             return ComponentIndex.from_preset(model, chosen.preset, include=chosen.include, exclude=chosen.exclude)
-        return ComponentIndex.from_model(model, chosen.kinds, include=chosen.include, exclude=chosen.exclude)
+        with nullcontext() if self._loaded is None else seen_with(model, self._loaded[1].model_inputs(0, 1)):
+            return ComponentIndex.from_model(model, chosen.kinds, include=chosen.include, exclude=chosen.exclude)
 
     def make_engine(self, model: nn.Module, index: ComponentIndex, examples: Examples | None = None) -> Engine:
         """Returns the engine the spec asks for; device `auto` is CUDA where there is one, else where the model is.
@@ -268,6 +273,7 @@ class CampaignSpec:
             model,
             index,
             self.output,
+            output_key=settings.output_key,
             device=device,
             precision=settings.precision,
             ablation=self._ablation(examples),

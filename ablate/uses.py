@@ -30,6 +30,12 @@ class Op:
     bias: tuple[int, str]
     out_axis: int  # of the weight: the axis of output channels
     channels: int  # of input and output: the axis of channels, 1 or -1
+    groups: tuple[int, str] | None = None  # of transposed convolutions, whose weight holds the outputs of one group
+
+    def rows(self, weight: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rows:
+        """Returns the output channels that a call computes: all of the weight's."""
+        groups = 1 if self.groups is None else self.argument(self.groups, args, kwargs) or 1
+        return Rows(0, weight.shape[self.out_axis] * groups)
 
     def with_input(
         self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -51,6 +57,14 @@ OPS: dict[Callable[..., Any], Op] = {
     torch.conv1d: Op("conv1d", (0, "input"), (1, "weight"), (2, "bias"), 0, 1),
     torch.conv2d: Op("conv2d", (0, "input"), (1, "weight"), (2, "bias"), 0, 1),
     torch.conv3d: Op("conv3d", (0, "input"), (1, "weight"), (2, "bias"), 0, 1),
+    **{
+        function: Op(name, (0, "input"), (1, "weight"), (2, "bias"), 1, 1, groups=(6, "groups"))
+        for function, name in (
+            (torch.conv_transpose1d, "conv_transpose1d"),
+            (torch.conv_transpose2d, "conv_transpose2d"),
+            (torch.conv_transpose3d, "conv_transpose3d"),
+        )
+    },
     torch.addmm: Op("addmm", (1, "mat1"), (2, "mat2"), (0, "input"), 1, -1),
     F.batch_norm: Op("batch_norm", (0, "input"), (3, "weight"), (4, "bias"), 0, 1),
     F.layer_norm: Op("layer_norm", (0, "input"), (2, "weight"), (3, "bias"), 0, -1),
@@ -99,7 +113,7 @@ class UseMode(TorchFunctionMode):
         x = op.argument(op.x, args, kwargs)
         if name is None or not isinstance(x, Tensor):
             return self.other(function, args, kwargs)
-        rows = Rows(0, weight.shape[op.out_axis])
+        rows = op.rows(weight, args, kwargs)
         x = self.before(name, op, rows, x)
         args, kwargs = op.with_input(x, args, kwargs)
         y = function(*args, **kwargs)

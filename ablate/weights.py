@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ablate.ablation import Means
 from ablate.components import ComponentIndex, Port
+from ablate.convolutions import per_channel
 from ablate.errors import GatingError
 from ablate.uses import bias_of
 
@@ -71,17 +72,19 @@ class _Weight:
         inside = outside = branch = None
         value = self.master
         for first, port in self.ports:
-            gate = gates[first : first + port.count].to(value.dtype)
-            if port.width > 1:
-                gate = gate.repeat_interleave(port.width)
+            own = gates[first : first + port.count].to(value.dtype)
+            gate = own.repeat_interleave(port.width) if port.width > 1 else own
             shape = [1] * value.ndim
             shape[port.axis] = -1
             shaped = gate.view(shape)
             value = torch.where(shaped == 0, value.new_zeros(()), value * shaped)
+            if port.port == "in":
+                inside = gate if inside is None else inside * gate
+                continue
+            if self.bias is not None and self.changes_bias:
+                gate = per_channel(own, port.width, len(self.bias))
             if port.with_bias:
                 branch = gate if branch is None else branch * gate
-            elif port.port == "in":
-                inside = gate if inside is None else inside * gate
             else:
                 outside = gate if outside is None else outside * gate
         self.weight.copy_(value)

@@ -42,7 +42,7 @@ def index(
     with ablate.preserved_random_state():
         model, examples = campaign.load()
     found = campaign.make_index(model)
-    unablated = unablated_accuracy(model, examples)
+    unablated = unablated_accuracy(model, examples, output_key=campaign.settings.output_key)
     gating = None
     if explain:
         engine = campaign.make_engine(model, found, examples)

@@ -14,6 +14,7 @@ import ablate
 import coar
 from ablate import Examples
 from ablate.arguments import require_device
+from ablate.logits import OutputKey
 from coar.cli_common import Json, Quiet, print_json, records, say
 from coar.cli_edit_info import facts_of
 from coar.cli_edit_options import Wish, option_name, with_wish
@@ -126,12 +127,13 @@ def _edit_by_spec(source: str, wish: Wish, out: Path | None, describe: bool, qui
         loaded, examples = spec.load()
     model = _placed(loaded.eval(), spec.settings.device)
     request = asked.request(examples)
-    found = editor.edit(model, request, asked.selection(model), progress=not quiet)
+    key = spec.settings.output_key
+    found = editor.edit(model, request, asked.selection(model), output_key=key, progress=not quiet)
     if asked.alpha is not None:
         found = found.at(asked.alpha)
     if target is not None:
         found.save(target)
-    _show(found, target, _effect(model, found, request), as_json)
+    _show(found, target, _effect(model, found, request, key), as_json)
 
 
 def _settings(asked: EditSpec, wish: Wish) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def _placed(model: nn.Module, device: str) -> nn.Module:
     return model.to(device)
 
 
-def _effect(model: nn.Module, found: Edit, request: Request) -> pd.DataFrame | None:
+def _effect(model: nn.Module, found: Edit, request: Request, output_key: OutputKey) -> pd.DataFrame | None:
     """Returns accuracy before and after on the examples that were named; None where none has labels."""
     sets: dict[str, Examples] = {}
     if request.labels is not None:
@@ -167,7 +169,7 @@ def _effect(model: nn.Module, found: Edit, request: Request) -> pd.DataFrame | N
         sets["validation target"], sets["validation reference"] = request.validation
     if not sets:
         return None
-    table = evaluate_edit(model, found, sets).table()
+    table = evaluate_edit(model, found, sets, output_key=output_key).table()
     return table[["set", "examples", "before", "after", "fixed", "broken", "agreement"]]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ablate import Examples
 from ablate.classes import class_count
+from ablate.logits import OutputKey
 from coar.editing.evaluate import predictions
 from coar.errors import CoarError
 from coar.metrics.accuracy import Accuracy
@@ -83,7 +84,9 @@ class Unablated:
         return {**counts, "accuracy": self.accuracy.value, **own}
 
 
-def unablated_accuracy(model: nn.Module, examples: Examples, seconds: float = SECONDS) -> Unablated | None:
+def unablated_accuracy(
+    model: nn.Module, examples: Examples, seconds: float = SECONDS, output_key: OutputKey = None
+) -> Unablated | None:
     """Returns how often `model` predicts the label; None where predictions are not one class per example.
 
     Of many examples some are drawn at random, always the same. Mutates nothing.
@@ -92,7 +95,7 @@ def unablated_accuracy(model: nn.Module, examples: Examples, seconds: float = SE
     """
     if examples.per_token:
         return None
-    classes = class_count(model, examples.model_inputs(0, 1))
+    classes = class_count(model, examples.model_inputs(0, 1), output_key)
     if classes is None or int(examples.targets.min()) < 0:
         return None
     order = np.random.default_rng(0).permutation(len(examples))[:MOST]
@@ -102,12 +105,13 @@ def unablated_accuracy(model: nn.Module, examples: Examples, seconds: float = SE
         if found and time.monotonic() > end:
             break
         try:
-            found.append(predictions(model, examples.take(np.sort(order[start : start + CHUNK]))))
+            drawn = examples.take(np.sort(order[start : start + CHUNK]))
+            found.append(predictions(model, drawn, output_key=output_key))
         except CoarError:  # labels beyond the classes, infinite logits: named by the engine, which knows the output
             return None
     predicted = np.concatenate(found)
-    drawn = [np.sort(order[start : start + CHUNK]) for start in range(0, len(predicted), CHUNK)]
-    labels = examples.targets.numpy()[np.concatenate(drawn)]
+    chosen = [np.sort(order[start : start + CHUNK]) for start in range(0, len(predicted), CHUNK)]
+    labels = examples.targets.numpy()[np.concatenate(chosen)]
     right = int((predicted == labels).sum())
     chance, chance_is = _chance(examples.targets.numpy(), classes)
     p = float(binomtest(right, len(labels), chance, alternative="greater").pvalue)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ablate.errors import LoadError, UnknownNameError, nearest
 from ablate.loaders.checkpoints import does_not_fit, load_checkpoint, not_plain_tensors
 from ablate.loaders.packages import one_line, require
+from ablate.logits import logits_of
 
 
 class LanguageModel(nn.Module):
@@ -30,8 +31,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns the logits of the next token, (batch, tokens, vocabulary)."""
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return logits
+        return logits_of(self.model(input_ids=tokens, use_cache=False))
 
 
 def language_model_from_folder(path: Path, checkpoint: str | None, weights_key: str | None = None) -> LanguageModel:

@@ -10,15 +10,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ablate import ModelMismatchError, Selection, model_hash, preserved_random_state
+from ablate import AblateError, ModelMismatchError, Selection, model_hash, preserved_random_state
 from ablate.copying import copy_of, device_of
 from ablate.faithful import doubts
+from ablate.flow import seen_with
+from ablate.logits import OutputKey, returning_logits
 from ablate.sharing import tie
 from coar.editing.edit import Edit
 from coar.editing.log import EditLog
 from coar.editing.operations import Operation
 from coar.editing.places import last_layer
-from coar.editing.request import Request
+from coar.editing.request import TOKENS, Request
 from coar.editing.settings import wrong_types
 from coar.editing.weights import covered
 from coar.errors import EditError, EditMismatchError
@@ -91,7 +93,13 @@ class Editor(ABC):
         return {"method": self.name, **{name: _plain(value) for name, value in asdict(self).items()}}
 
     def edit(
-        self, model: nn.Module, request: Request, selection: Selection | None = None, *, progress: bool = False
+        self,
+        model: nn.Module,
+        request: Request,
+        selection: Selection | None = None,
+        *,
+        output_key: OutputKey = None,
+        progress: bool = False,
     ) -> Edit:
         """Returns the edit that this method makes. The model, the global random state and the request are unchanged.
 
@@ -101,6 +109,7 @@ class Editor(ABC):
           model: In eval mode; float32 or float64 where it is edited.
           request: What to achieve.
           selection: The components that may change; None: see `default_selection`.
+          output_key: Where in what the model returns the logits are, as for `ablate.Engine`.
           progress: Show progress on stderr.
 
         Raises:
@@ -109,7 +118,8 @@ class Editor(ABC):
           ablate.GatingError: A copy of the model would go on running the original's weights; names them.
         """
         if selection is None:
-            selection = self.default_selection(model)
+            with seen_with(model, request.inputs):
+                selection = self.default_selection(model)
         self._check_model(model, selection)
         request = request.checked(self.needs, self.title).to(device_of(model))
         log = EditLog(progress)
@@ -118,6 +128,7 @@ class Editor(ABC):
             copy = copy_of(model).eval().requires_grad_(False)
             tie(copy)  # what is one tensor trains as one
             doubt = doubts(model, copy, selection.sample((len(selection) + 1) // 2, seed=0), request.inputs[:2])
+            returning_logits(copy, output_key, of_classes=True)
             self._check_outputs(copy, request)
             if doubt is not None:
                 raise doubt
@@ -155,12 +166,15 @@ class Editor(ABC):
         try:
             with torch.no_grad():
                 logits = model(request.inputs)
+        except AblateError:  # what it returned holds no logits
+            raise
         except Exception as error:
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise EditError(f"The model fails on inputs of shape {tuple(request.inputs.shape)}: {reason}.") from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(request.inputs):
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise EditError(f"The model returns {found} for the inputs, expected logits {LOGITS}.")
+            tokens = f" {TOKENS}" if isinstance(logits, Tensor) and logits.ndim == 3 else ""
+            raise EditError(f"The model returns {found} for the inputs, expected logits {LOGITS}.{tokens}")
         if not torch.isfinite(logits).all():
             bad = int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
             raise EditError(f"The model's logits for input {bad} hold NaN or infinite values.")

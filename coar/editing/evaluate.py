@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ablate import Examples, model_hash, preserved_random_state
 from ablate.copying import device_of
+from ablate.logits import OutputKey, class_logits, logits_of
 from ablate.progress import progress_bar
 from coar.editing.abstract import Editor
 from coar.editing.benchmark_sets import reject_duplicates
 from coar.editing.edit import Edit
 from coar.editing.edit_predictions import LOCALITY, EditPredictions, KeptPredictions, compact
-from coar.editing.request import Request
+from coar.editing.request import TOKENS, Request
 from coar.errors import EditError
 from coar.metrics.accuracy import Accuracy
 from coar.metrics.corrected import Outcomes, outcomes
@@ -44,7 +45,9 @@ EditFunction = Callable[[nn.Module, Tensor, Tensor], Applicable]
 OnEdit = Callable[[str, str, Any], None]
 
 
-def predictions(model: nn.Module, examples: Examples, *, batch_size: int = BATCH) -> npt.NDArray[np.int64]:
+def predictions(
+    model: nn.Module, examples: Examples, *, batch_size: int = BATCH, output_key: OutputKey = None
+) -> npt.NDArray[np.int64]:
     """Returns the predicted class of each example, (examples,); of classes with equal logits the first.
 
     The model and the global random state are unchanged.
@@ -53,6 +56,7 @@ def predictions(model: nn.Module, examples: Examples, *, batch_size: int = BATCH
       model: In eval mode, all of it; returns logits (examples, classes).
       examples: With one label each.
       batch_size: Examples per forward pass. Another one may change logits by rounding.
+      output_key: Where in what the model returns the logits are, as for `ablate.Engine`.
 
     Raises:
       EditError: Training mode, inputs the model fails on, another shape of outputs, NaN or +inf among the logits, or
@@ -60,7 +64,9 @@ def predictions(model: nn.Module, examples: Examples, *, batch_size: int = BATCH
     """
     _require_eval(model)
     if examples.per_token:
-        raise EditError("These examples have a target per token; predictions are one class per example.")
+        raise EditError(f"These examples have a target per token, and predictions are one class per example. {TOKENS}")
+    if not examples.labelled:
+        raise EditError("These examples have no labels; predictions are compared with them. Give one class each.")
     if batch_size < 1:
         raise EditError(f"batch_size is {batch_size}, expected at least 1.")
     device = device_of(model)
@@ -68,7 +74,7 @@ def predictions(model: nn.Module, examples: Examples, *, batch_size: int = BATCH
     found = np.empty(len(examples), dtype=np.int64)
     with preserved_random_state(), torch.no_grad():
         for start, inputs, targets in examples.chunks(batch_size):
-            logits = _run(model, examples.prepared(inputs.to(device), dtype))
+            logits = logits_of(_run(model, examples.prepared(inputs.to(device), dtype)), output_key)
             found[start : start + len(targets)] = _classes(logits, examples, start, targets)
     return found
 
@@ -96,13 +102,13 @@ def _run(model: nn.Module, inputs: Tensor) -> Any:
         ) from error
 
 
-def _classes(logits: Any, examples: Examples, start: int, targets: Tensor) -> npt.NDArray[np.int64]:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(targets):
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+def _classes(logits: Tensor, examples: Examples, start: int, targets: Tensor) -> npt.NDArray[np.int64]:
+    if logits.ndim not in (1, 2) or len(logits) != len(targets):
         raise EditError(
-            f"The model returns {got} for {len(targets)} examples, expected logits of shape (examples, classes)."
+            f"The model returns shape {tuple(logits.shape)} for {len(targets)} examples, expected logits of shape "
+            "(examples, classes)."
         )
-    values = logits.detach().double().cpu().numpy()
+    values = class_logits(logits.detach()).double().cpu().numpy()
     bad = (np.isnan(values) | (values == np.inf)).any(axis=1)
     if bad.any():
         raise EditError(
@@ -197,6 +203,7 @@ def evaluate_edit(
     sets: Mapping[str, Examples],
     *,
     batch_size: int = BATCH,
+    output_key: OutputKey = None,
     base: Mapping[str, Integers] | None = None,
     any_weights: bool = False,
 ) -> EditReport:
@@ -207,6 +214,7 @@ def evaluate_edit(
       edit: What is judged.
       sets: Examples by name, e.g. target, other classes, ordinary ones.
       batch_size: Examples per forward pass.
+      output_key: Where in what the model returns the logits are, as for `ablate.Engine`.
       base: Predictions of the unedited model by set, where they are known (of an earlier report: `EditReport.base`).
       any_weights: Judge it also on a model with other weights than the one it was made for; see `Edit.apply`.
 
@@ -217,9 +225,10 @@ def evaluate_edit(
     """
     if not sets:
         raise EditError("There are no sets to judge the edit on. Give at least one, by name.")
-    before = _base(model, sets, batch_size, base)
+    run = _Predicting(batch_size, output_key)
+    before = _base(model, sets, run, base)
     with _applied(edit, model, any_weights) as edited:
-        after = {name: predictions(edited, examples, batch_size=batch_size) for name, examples in sets.items()}
+        after = {name: run(edited, examples) for name, examples in sets.items()}
     return EditReport(repr(edit), {name: _report(sets[name], before[name], after[name]) for name in sets})
 
 
@@ -228,8 +237,19 @@ def _applied(edit: Applicable, model: nn.Module, any_weights: bool) -> AbstractC
     return edit.applied(model, any_weights=any_weights) if isinstance(edit, Edit) else edit.applied(model)
 
 
+@dataclass(frozen=True)
+class _Predicting:
+    """How models are run: `predictions` with these settings."""
+
+    batch_size: int
+    output_key: OutputKey
+
+    def __call__(self, model: nn.Module, examples: Examples) -> Integers:
+        return predictions(model, examples, batch_size=self.batch_size, output_key=self.output_key)
+
+
 def _base(
-    model: nn.Module, sets: Mapping[str, Examples], batch_size: int, known: Mapping[str, Integers] | None
+    model: nn.Module, sets: Mapping[str, Examples], run: _Predicting, known: Mapping[str, Integers] | None
 ) -> dict[str, Integers]:
     """Returns the unedited model's predictions per set, computed where they are not known."""
     found: dict[str, Integers] = {}
@@ -237,7 +257,7 @@ def _base(
         given = None if known is None else known.get(name)
         if given is not None and len(given) != len(examples):
             raise EditError(f"base has {len(given)} predictions for set {name!r}, which has {len(examples)} examples.")
-        found[name] = predictions(model, examples, batch_size=batch_size) if given is None else given
+        found[name] = run(model, examples) if given is None else given
     return found
 
 
@@ -265,6 +285,7 @@ def evaluate_single_edits(
     method: str | None = None,
     details: Mapping[str, Any] | None = None,
     batch_size: int = BATCH,
+    output_key: OutputKey = None,
     progress: bool = False,
     on_edit: OnEdit | None = None,
     any_weights: bool = False,
@@ -283,6 +304,7 @@ def evaluate_single_edits(
       more: Further sets to predict after every edit.
       method, details: Written into the result; by default the method's name and settings.
       batch_size: Examples per forward pass.
+      output_key: Where in what the model returns the logits are, as for `ablate.Engine`.
       progress: Show progress on stderr.
       on_edit: Called with (group, id, edit) after each edit, e.g. to save it.
       any_weights: Take also edits that the function found on a model with other weights; see `Edit.apply`.
@@ -299,10 +321,11 @@ def evaluate_single_edits(
     if isinstance(editor, Editor):
         name, details = editor.title, editor.describe() if details is None else details
     base_hash = model_hash(model)
-    base = _base(model, groups, batch_size, None), _base(model, sets, batch_size, None)
+    run = _Predicting(batch_size, output_key)
+    base = _base(model, groups, run, None), _base(model, sets, run, None)
     found: dict[str, list[Integers]] = {group: [] for group in groups}
     beside: dict[str, list[Integers]] = {key: [] for key in sets}
-    make = _as_function(editor)
+    make = _as_function(editor, output_key)
     total = sum(len(examples) for examples in groups.values())
     with preserved_random_state(), progress_bar("editing", total, 0, "edit", progress) as bar:
         for group, examples in groups.items():
@@ -311,7 +334,7 @@ def evaluate_single_edits(
                 try:
                     edit = make(model, *_one(model, examples, i))
                     _require_unchanged(model, base_hash)
-                    _predict_edited(model, edit, judged, batch_size, any_weights)
+                    _predict_edited(model, edit, judged, run, any_weights)
                 except Exception as error:
                     error.add_note(f"This was the edit for example {example!r} of group {group!r}.")
                     raise
@@ -332,13 +355,13 @@ def _predict_edited(
     model: nn.Module,
     edit: Applicable,
     judged: list[tuple[Examples, list[Integers]]],
-    batch_size: int,
+    run: _Predicting,
     any_weights: bool,
 ) -> None:
     """Appends to each list what the edited model predicts for the examples beside it."""
     with _applied(edit, model, any_weights) as edited:
         for examples, rows in judged:
-            rows.append(compact(predictions(edited, examples, batch_size=batch_size)))
+            rows.append(compact(run(edited, examples)))
 
 
 def _all_sets(
@@ -354,13 +377,13 @@ def _all_sets(
     return {**sets, **(more or {})}
 
 
-def _as_function(editor: Editor | EditFunction) -> EditFunction:
+def _as_function(editor: Editor | EditFunction, output_key: OutputKey) -> EditFunction:
     if not isinstance(editor, Editor):
         return editor
     method = editor
 
     def edit_one(model: nn.Module, inputs: Tensor, labels: Tensor) -> Applicable:
-        return method.edit(model, Request(inputs, labels))
+        return method.edit(model, Request(inputs, labels), output_key=output_key)
 
     return edit_one
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from ablate import Examples, Selection
+from ablate.logits import OutputKey
 from coar.editing.abstract import Found
 from coar.editing.edit import Edit
 from coar.editing.evaluate import BATCH, predictions
@@ -181,9 +182,16 @@ class Paint(InterpolatedFineTuning):
     scope: ScopeName = "encoder"
 
     def edit(
-        self, model: nn.Module, request: Request, selection: Selection | None = None, *, progress: bool = False
+        self,
+        model: nn.Module,
+        request: Request,
+        selection: Selection | None = None,
+        *,
+        output_key: OutputKey = None,
+        progress: bool = False,
     ) -> Edit:
         """Returns the edit, see `Editor.edit`. With a selection and scope `encoder` the scope is `selection`."""
         if selection is not None and self.scope == "encoder":
-            return replace(self, scope="selection").edit(model, request, selection, progress=progress)
-        return super().edit(model, request, selection, progress=progress)
+            local = replace(self, scope="selection")
+            return local.edit(model, request, selection, output_key=output_key, progress=progress)
+        return super().edit(model, request, selection, output_key=output_key, progress=progress)

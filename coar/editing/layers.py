@@ -10,6 +10,7 @@ from torch import nn
 from ablate import ComponentIndex, Selection
 from ablate.errors import UnknownNameError
 from ablate.kinds import Anatomy
+from coar.editing.places import by_use
 from coar.errors import EditError
 
 # per kind of layer the kinds of components that cover it
@@ -28,7 +29,7 @@ class Place:
 
     Attributes:
       kind: `ffn`, `attention`, `residual` or `module`; of layers of several kinds: all, joined by " + ".
-      layers: Names of the layers, in the model's order.
+      layers: Names of the layers, in the order of their use.
       selection: Their weights.
     """
 
@@ -57,7 +58,7 @@ def default_layer_kinds(model: nn.Module) -> tuple[str, ...]:
 
 
 def layers_of(model: nn.Module, kinds: Sequence[str]) -> list[Place]:
-    """Returns the layers of these kinds, kind by kind, in the model's order; all selections are of one index.
+    """Returns the layers of these kinds, kind by kind, in the order of their use; all selections are of one index.
 
     Mutates nothing.
 
@@ -114,7 +115,15 @@ def windows(layers: Sequence[Place], window: int) -> list[Place]:
 
 
 def _members(anatomy: Anatomy, model: nn.Module, kind: str) -> dict[str, list[str]]:
-    """Returns layer name -> names of the modules that hold its weights, in the model's order."""
+    """Returns layer name -> names of the modules that hold its weights, in the order in which they are used."""
+    declared = _declared(anatomy, model, kind)
+    layer_of = {module: layer for layer, modules in reversed(declared.items()) for module in modules}
+    used = by_use(model, (module for modules in declared.values() for module in modules))
+    return {layer: declared[layer] for layer in dict.fromkeys(layer_of[module] for module in used)}
+
+
+def _declared(anatomy: Anatomy, model: nn.Module, kind: str) -> dict[str, list[str]]:
+    """Returns layer name -> names of the modules that hold its weights, in the order of their declaration."""
     if kind == "ffn":
         return {
             name: [*(weight.module for weight in network.first), network.second.module]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from ablate import ComponentIndex, Selection
+from ablate.flow import flow_of
 from ablate.kinds import Anatomy
 from ablate.structure import is_transposed_linear
 from coar.errors import EditError
@@ -31,8 +34,8 @@ def last_feed_forward_blocks(model: nn.Module, blocks: int = 3) -> Selection:
     if not anatomy.ffn_first:
         return _last_layers(model, blocks)
     index = ComponentIndex.from_model(model, ["ffn_in", "ffn_out"])
-    firsts = list(dict.fromkeys(port.module for port in index.ports if port.kind == "ffn_in"))
-    seconds = list(dict.fromkeys(port.module for port in index.ports if port.kind == "ffn_out"))
+    firsts = by_use(model, [port.module for port in index.ports if port.kind == "ffn_in"])
+    seconds = by_use(model, [port.module for port in index.ports if port.kind == "ffn_out"])
     stop = max(min(blocks, len(firsts)), round(len(firsts) * (1 - BLOCKS_BEHIND)))
     chosen = {*firsts[max(0, stop - blocks) : stop], *seconds[max(0, stop - blocks) : stop]}
     return index.select(c for name in chosen for c in index.where(module=_literally(name)).ids)
@@ -41,9 +44,18 @@ def last_feed_forward_blocks(model: nn.Module, blocks: int = 3) -> Selection:
 def _last_layers(model: nn.Module, count: int) -> Selection:
     index = ComponentIndex.from_model(model)
     shortcuts = Anatomy(model).residual.shortcuts
-    modules = list(dict.fromkeys(port.module for port in index.ports))
-    chosen = [name for name in modules if name not in shortcuts][-count:]
-    return index.select(c for name in chosen for c in index.where(module=_literally(name)).ids)
+    modules = by_use(model, [port.module for port in index.ports if port.module not in shortcuts])
+    return index.select(c for name in modules[-count:] for c in index.where(module=_literally(name)).ids)
+
+
+def by_use(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """Returns these modules, each once, in the order in which a forward pass uses them; without those it does not.
+
+    Where that cannot be found out, in the order given: that of their declaration.
+    """
+    names = list(dict.fromkeys(modules))
+    flow = flow_of(model)
+    return names if flow is None else sorted((n for n in names if n in flow.order), key=flow.position)
 
 
 def one_layer(selection: Selection, model: nn.Module, method: str) -> tuple[str, nn.Module]:

@@ -63,6 +63,10 @@ class Request:
         return replace(self, **tensors)
 
 
+TOKENS = (
+    "Editing of language models by targets per token is not supported yet: wrap the model so that it returns the "
+    "logits of one token, and give one label per input."
+)
 WHAT = {
     "labels": "the class that each input should get",
     "originals": "each input before its transformation",
@@ -86,7 +90,8 @@ def _misfits(request: Request) -> list[str]:
     if labels is not None:
         if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
             found = f"{tuple(labels.shape)} {str(labels.dtype).removeprefix('torch.')}"
-            problems.append(f"labels are {found}, expected ({count},) integers: one class per input.")
+            tokens = f" {TOKENS}" if labels.ndim == 2 and labels.shape[1] > 1 else ""
+            problems.append(f"labels are {found}, expected ({count},) integers: one class per input.{tokens}")
         elif int(labels.min()) < 0:
             problems.append(f"labels hold {int(labels.min())}; classes count from 0.")
     if originals is not None and originals.shape != inputs.shape:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ablate import ComponentIndex, Selection
+from ablate.flow import all_uses as all_uses
+from ablate.flow import order_of_use as order_of_use
 from ablate.sharing import overlapping
 from ablate.structure import linear_axes
 from coar.editing.operations import Delta
@@ -111,7 +111,8 @@ def all_but_head(selection: Selection, model: nn.Module, inputs: Tensor) -> tupl
     tied = _names_of(model, weights[-1]) if weights else []
     layer = next((n for n in reversed(tied) if linear_axes(model.get_submodule(_owner(n)))), tied[-1] if tied else "")
     axes = linear_axes(model.get_submodule(_owner(layer))) or (0, 1)
-    if not weights or model.get_parameter(layer).shape[axes[0]] != classes:
+    rows = model.get_parameter(layer).shape[axes[0]] if weights else 0
+    if rows != classes and (rows, classes) != (1, 2):  # one logit is that of two classes
         return _all_of(dict.fromkeys(uses), selection.index, model), None
     body = [i for i, name in enumerate(uses) if name in weights and name not in tied]
     end = len(uses) - 1 - uses[::-1].index(weights[-1])
@@ -129,49 +130,6 @@ def _names_of(model: nn.Module, parameter: str) -> list[str]:
     """Returns every name of a parameter, and of those that lie in its memory."""
     named = dict(model.named_parameters(remove_duplicate=False))
     return next((group for group in overlapping(named) if parameter in group), [parameter])
-
-
-def order_of_use(model: nn.Module, inputs: Tensor) -> list[str]:
-    """Returns the names of the parameters that a forward pass uses, in the order of their first use. Mutates nothing.
-
-    Found by running the model on the first input, not from the order of its attributes: that may be another one.
-    """
-    return list(dict.fromkeys(all_uses(model, inputs)))
-
-
-def all_uses(model: nn.Module, inputs: Tensor) -> list[str]:
-    """Returns the parameter's name at every use in a forward pass of the first input, in order. Mutates nothing."""
-    uses = _Uses({id(parameter): name for name, parameter in model.named_parameters()})
-    with uses, torch.no_grad():
-        model(inputs[:1])
-    return uses.names_in_order
-
-
-class _Uses(TorchFunctionMode):
-    """Notes which parameters are arguments of calls that give tensors."""
-
-    def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self.names = names
-        self.names_in_order: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if next(_tensors(result), None) is not None:  # not for a look at the shape or dtype
-            for tensor in _tensors([args, kwargs]):
-                if id(tensor) in self.names:
-                    self.names_in_order.append(self.names[id(tensor)])
-        return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _position(order: list[str], name: str) -> int:

@@ -98,7 +98,7 @@ class _Planner:
         self.engine.check(self.examples)
         self.model_hash = model_hash(model)
         start = time.perf_counter() - begun
-        self.unablated = unablated_accuracy(model, self.examples)
+        self.unablated = unablated_accuracy(model, self.examples, output_key=spec.settings.output_key)
         self.no_gradients: str | None = None
         self.estimator = self._estimator()
         settings = spec.settings

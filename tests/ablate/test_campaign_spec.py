@@ -21,7 +21,7 @@ from ablate.loading import read_checkpoint
 
 MODELS = "digits, torchvision, timm, open_clip, transformers, factory"
 DATA = "digits, arrays, imagefolder, torchvision, datasets, wilds, text, factory"
-OUTPUTS = "margin, logit, log_probability, loss, token_margin"
+OUTPUTS = "margin, logit, log_probability, loss, value, token_margin"
 
 TOML = """
 rows = 6
@@ -101,6 +101,7 @@ def test_defaults() -> None:
         "ablation": "zero",
         "ablation_factor": None,
         "mode": "auto",
+        "output_key": None,
         "batch_size": None,
         "memory_budget": None,
         "speed": {"fold": None, "channels_last": None, "compile": None, "attention": None},

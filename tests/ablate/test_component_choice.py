@@ -48,7 +48,9 @@ def test_the_default_of_a_vision_transformer_is_its_neurons_without_the_classes(
     attention = f"{block}.self_attention"
     assert _modules(model) == [attention, f"{attention}.out_proj", f"{block}.mlp.0", f"{block}.mlp.3"]
     left_out = ablate.ComponentIndex.from_model(model).left_out().set_index("module")
-    assert left_out.loc["heads.head", "reason"] == "excluded by name"
+    assert left_out.loc["heads.head", "reason"] == (
+        "makes what the model returns, the classes: seen by following values"
+    )
     assert left_out.loc["heads.head", "components"] == 6
     assert left_out.loc["conv_proj", "reason"] == "a Conv2d is none of linear_neuron, qkv_neuron"
     left_out = ablate.ComponentIndex.from_model(model, ["linear_neuron"]).left_out().set_index("module")
@@ -73,9 +75,7 @@ def test_the_default_names_each_row_once_where_projections_are_linear_layers() -
         ([nn.Conv2d(1, 2, 1), nn.Linear(2, 2)], ["0"]),  # the only linear layer holds the classes
         ([nn.Conv2d(1, 2, 1), nn.Linear(2, 2), nn.Linear(2, 2)], ["1"]),
         ([nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1), nn.Linear(2, 2), nn.Linear(2, 2)], ["0", "1"]),
-        ([nn.Linear(2, 2)], ["0"]),
         ([nn.Linear(2, 2), nn.Linear(2, 2)], ["0"]),
-        ([nn.Conv2d(1, 2, 1)], ["0"]),
     ],
 )
 def test_the_default_counts_convolutions_against_hidden_linear_layers(
@@ -176,8 +176,8 @@ def test_no_component_left(conv_net: nn.Module) -> None:
         ablate.ComponentIndex.from_model(conv_net, ["conv_filter"], include=["fc"])
     assert str(caught.value) == (
         "ConvNet has no component of kind conv_filter in the modules asked for. Kinds: conv_filter, linear_neuron, "
-        "linear_input, attention_head, qkv_neuron, ffn_in, ffn_hidden, ffn_out, residual_branch, layer. "
-        "Give other kinds, or widen include/exclude."
+        "linear_input, attention_head, qkv_neuron, ffn_in, ffn_hidden, ffn_out, residual_branch, layer; in this model: "
+        "conv_filter, linear_neuron, linear_input, layer. Give other kinds, or widen include/exclude."
     )
     with pytest.raises(ablate.SelectionError, match=r"are made known with ablate\.register_attention, "):
         ablate.ComponentIndex.from_model(conv_net, ["attention_head"])

@@ -99,7 +99,7 @@ def test_modules_gives_one_row_per_module(index: ablate.ComponentIndex) -> None:
 
 
 def test_a_model_that_is_one_layer_has_components_of_the_empty_module() -> None:
-    index = ablate.ComponentIndex.from_model(nn.Linear(2, 3)).expect(3)
+    index = ablate.ComponentIndex.from_model(nn.Linear(2, 3), ["linear_neuron"]).expect(3)
     assert (index[2].name, index[2].module, index[2].parameter) == ("[2]", "", "weight")
 
 

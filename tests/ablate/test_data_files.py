@@ -101,7 +101,9 @@ def test_arrays_without_targets(arrays: dict[str, Any], message: str, tmp_path: 
     [
         (
             {"targets": [0.5, 1.0]},
-            "Targets are torch.float64 of shape (2,), expected integers of shape (examples,).",
+            "Targets are torch.float64 of shape (2,) with fractions, expected whole numbers of shape (examples,): the "
+            "class of each. Of a model that predicts a number leave them out and take output='value'; for a loss "
+            "against true values pass an Output of your own that holds them.",
         ),
         (
             {"targets": [0, 1], "ids": ["a", "a"]},

@@ -179,16 +179,20 @@ NOT_TENSOR = "Give numbers; images need a transform."
         ),
         (
             (INPUTS, [0.5, 1, 2, 0]),
-            "Targets are torch.float32 of shape (4,), expected integers of shape (examples,).",
+            "Targets are torch.float32 of shape (4,) with fractions, expected whole numbers of shape (examples,): the "
+            "class of each. Of a model that predicts a number leave them out and take output='value'; for a loss "
+            "against true values pass an Output of your own that holds them.",
         ),
         (
             (INPUTS, np.array([True, False, True, True])),
-            "Targets are torch.bool of shape (4,), expected integers of shape (examples,).",
+            "Targets are torch.bool of shape (4,), expected whole numbers of shape (examples,). If False is class 0 "
+            "and True class 1, give targets.long().",
         ),
         (
-            (INPUTS, [[0], [1], [2], [0]]),
-            "Targets are torch.int64 of shape (4, 1), expected integers of shape (examples,), or one per token: "
-            "(examples, tokens) beside inputs (examples, tokens). Inputs are (4, 2, 3).",
+            (INPUTS, [[0, 1, 2]] * 4),
+            "Targets are torch.int64 of shape (4, 3), expected whole numbers of shape (examples,). A target per token "
+            "needs inputs that are tokens, integers of shape (examples, 3); these are float32 of shape (examples, 2, "
+            "3). Give one class per example.",
         ),
         (
             (torch.zeros(2, 3, dtype=torch.int64), [[1, 2, -100], [-100, -100, -1]]),

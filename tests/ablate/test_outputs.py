@@ -88,7 +88,7 @@ def test_huge_logits_give_finite_losses() -> None:
 
 
 def test_registered_names() -> None:
-    assert output_names() == ("margin", "logit", "log_probability", "loss", "token_margin")
+    assert output_names() == ("margin", "logit", "log_probability", "loss", "value", "token_margin")
     assert isinstance(get_output("loss"), ablate.CrossEntropyLoss)
     own = ablate.Margin()
     assert get_output(own) is own

@@ -62,7 +62,7 @@ def test_samples_are_parts(a: ablate.Selection, seed: int, data: st.DataObject) 
 
 @pytest.mark.parametrize("operation", [operator.or_, operator.and_, operator.sub])
 def test_selections_of_two_indices_do_not_mix(operation: Callable[[Any, Any], Any]) -> None:
-    other = ablate.ComponentIndex.from_model(nn.Linear(3, 6))
+    other = ablate.ComponentIndex.from_model(nn.Linear(3, 6), ["linear_neuron"])
     with pytest.raises(ablate.SelectionError) as caught:
         operation(INDEX.select([1]), other.select([1]))
     assert str(caught.value) == (

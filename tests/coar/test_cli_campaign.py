@@ -171,7 +171,7 @@ path = "x.npz"
         "rows: got 0, but it should be greater than or equal to 1",
         "ablate_fraction: missing. Give it.",
         "ablate_fractoin: unknown key. Did you mean 'ablate_fraction'?",
-        "output: got 'margn', expected one of margin, logit, log_probability, loss, token_margin. Did",
+        "output: got 'margn', expected one of margin, logit, log_probability, loss, value, token_margin. Did",
         "precision: got 'float16', expected one of float32, float64",
         "model.source: got 'torchvison', expected one of digits, torchvision, timm, open_clip",
     ):

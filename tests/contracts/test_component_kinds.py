@@ -77,6 +77,28 @@ class Transformer(nn.Module):
         return logits
 
 
+class Dimensions(nn.Module):
+    """Convolutions along one, two and three axes, plain and transposed, in one group and in several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 4, 3, stride=2)
+        self.grouped = nn.ConvTranspose2d(4, 6, 2, groups=2)
+        self.volume = nn.Conv3d(1, 2, (3, 3, 3), stride=2)
+        self.volume_up = nn.ConvTranspose3d(2, 2, 2, bias=False)
+        self.signal = nn.Conv1d(2, 6, 5, stride=3, groups=2)
+        self.paired = nn.ConvTranspose1d(6, 3, 3, groups=3)
+        self.depthwise = nn.ConvTranspose1d(3, 3, 2, groups=3, bias=False)
+        self.head = nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.grouped(torch.relu(self.up(x))))
+        x = torch.relu(self.volume_up(torch.relu(self.volume(x[:, None]))))
+        x = torch.relu(self.paired(torch.relu(self.signal(x.flatten(2)))))
+        logits: Tensor = self.head(torch.relu(self.depthwise(x)).mean(dim=2))
+        return logits
+
+
 class Residual(nn.Module):
     """Two convolutions beside a convolution as shortcut."""
 
@@ -143,6 +165,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "shared": Shared,
     "attention": Attention,
     "grouped": _grouped,
+    "dimensions": Dimensions,
     "transformer": Transformer,
     "gated": Gated,
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ablate
-from ablate.outputs import get_output, output_names
+from ablate.outputs import ClassOutput, get_output, output_names
 
 
 @pytest.fixture(params=output_names())
@@ -18,12 +18,18 @@ def output(request: pytest.FixtureRequest) -> ablate.Output:
     return get_output(request.param)
 
 
+@pytest.fixture
+def classes(output: ablate.Output) -> int:
+    """How many numbers the output takes of an example: logits of classes or words, or a value."""
+    return 5 if output.needs_labels else 1
+
+
 TOKENS = 4  # per example, for outputs of language models; the last of every third example is padding
 
 
 @pytest.fixture(params=[torch.float32, torch.float64])
-def logits(request: pytest.FixtureRequest, output: ablate.Output) -> Tensor:
-    shape = (11, TOKENS, 5) if output.per_token else (11, 5)
+def logits(request: pytest.FixtureRequest, output: ablate.Output, classes: int) -> Tensor:
+    shape = (11, TOKENS, classes) if output.per_token else (11, classes)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(request.param) * 3
 
 
@@ -62,13 +68,36 @@ def test_examples_are_independent(output: ablate.Output, logits: Tensor, targets
 
 
 def test_classes_are_exchangeable(output: ablate.Output, logits: Tensor, targets: Tensor) -> None:
-    order = torch.randperm(5, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(logits.shape[-1], generator=torch.Generator().manual_seed(2))
+    if not output.needs_labels:
+        return
     renamed = torch.where(targets < 0, targets, torch.argsort(order)[targets.clamp(min=0)])
     torch.testing.assert_close(output(logits[..., order], renamed), output(logits, targets))
 
 
-def test_it_depends_on_the_target(output: ablate.Output, logits: Tensor, targets: Tensor) -> None:
-    assert not torch.equal(output(logits, _next_class(targets)), output(logits, targets))
+def test_it_depends_on_the_target_exactly_where_it_needs_labels(
+    output: ablate.Output, logits: Tensor, targets: Tensor
+) -> None:
+    same = torch.equal(output(logits, _next_class(targets)), output(logits, targets))
+    assert same != output.needs_labels
+
+
+def test_it_takes_what_it_says_it_takes(output: ablate.Output, logits: Tensor) -> None:
+    assert output.expected(tuple(logits.shape)) is None
+    assert output.expected((11, TOKENS, 5, 5)) is not None
+    assert output.classes(tuple(logits.shape)) == (5 if output.needs_labels else None)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4,)])
+def test_a_model_with_one_logit_is_one_of_two_classes(output: ablate.Output, shape: tuple[int, ...]) -> None:
+    if not isinstance(output, ClassOutput) or output.name == "logit":
+        return  # the signed logit has a test of its own
+    one = torch.tensor([3.0, 3.0, -2.0, -2.0], dtype=torch.float64)
+    two = torch.stack([torch.zeros(4, dtype=torch.float64), one], dim=1)
+    targets = torch.tensor([1, 0, 1, 0])
+    assert output.expected(shape) is None
+    assert output.classes(shape) == 2
+    torch.testing.assert_close(output(one.view(shape), targets), output(two, targets))
 
 
 def test_it_is_a_pure_function(
@@ -87,10 +116,10 @@ def test_it_has_a_gradient(output: ablate.Output, logits: Tensor, targets: Tenso
     assert torch.autograd.gradcheck(lambda x: output(x, targets), (exact,))
 
 
-@pytest.mark.parametrize("classes", [2, 1000])
-def test_it_takes_any_number_of_classes(output: ablate.Output, classes: int) -> None:
-    logits = torch.randn(3, classes, generator=torch.Generator().manual_seed(3))
-    targets = torch.tensor([0, 1, classes - 1])
+@pytest.mark.parametrize("many", [2, 1000])
+def test_it_takes_any_number_of_classes(output: ablate.Output, many: int) -> None:
+    logits = torch.randn(3, many if output.needs_labels else 1, generator=torch.Generator().manual_seed(3))
+    targets = torch.tensor([0, 1, many - 1])
     if output.per_token:
         logits, targets = logits[:, None], targets[:, None]
     assert output(logits, targets).shape == (3,)

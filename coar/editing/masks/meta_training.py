@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ablate import Examples, Selection, preserved_random_state
 from ablate.copying import copy_of, device_of
+from ablate.logits import returning_logits
 from ablate.progress import progress_bar
 from coar.editing.masks.artefact import read_artefact, save_hypernetwork
 from coar.editing.masks.cutmix import paste, patch_of, random_crops
@@ -89,7 +90,7 @@ class Training:
         refuse_training_mode(model)
         self.settings, self.selection, self.images = settings, selection, Images(images)
         self._store = None if store is None else Path(store)
-        self._model = copy_of(model).requires_grad_(False)
+        self._model = returning_logits(copy_of(model).requires_grad_(False), of_classes=True)
         self._device = device_of(self._model)
         self._layout = MaskLayout(selection)
         for name, weight in self._layout.gated(self._model).items():

@@ -20,7 +20,7 @@ from coar.editing.edit import Edit
 from coar.editing.evaluate import evaluate_edit, evaluate_single_edits, predictions
 from coar.editing.log import EditLog
 from coar.editing.operations import Ablate
-from coar.editing.request import Request
+from coar.editing.request import TOKENS, Request
 from coar.errors import EditError
 
 Untouched = Callable[..., AbstractContextManager[None]]
@@ -344,7 +344,11 @@ def test_an_editor_that_does_harm_is_named_with_its_example(editor: Any, message
         ),
         (
             lambda net: predictions(net, Examples(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4).long())),
-            "These examples have a target per token; predictions are one class per example.",
+            f"These examples have a target per token, and predictions are one class per example. {TOKENS}",
+        ),
+        (
+            lambda net: predictions(net, Examples.unlabelled(torch.zeros(2, 4))),
+            "These examples have no labels; predictions are compared with them. Give one class each.",
         ),
         (
             lambda net: evaluate_edit(net, Always(0), {}),
