@@ -165,11 +165,11 @@ def _spec(model: Any, examples: Any, values: dict[str, Any]) -> CampaignSpec:
         if examples is None:
             raise QueryError("examples are missing. Give (inputs, targets), a Dataset, or Examples.")
         return CampaignSpec(model=model, data=examples, ablate_fraction=START, **given)
-    usual = {"index": None, "output": "margin", "ablation": "zero", "seed": 0}
-    given = [name for name, value in values.items() if name not in usual or not _same(value, usual[name])]
-    if given or examples is not None:
-        names = ", ".join(["examples"] * (examples is not None) + given)
-        raise QueryError(f"{names}: given beside a spec, which has its own. Change the spec.")
+    usual: dict[str, Any] = {"index": None, "output": "margin", "ablation": "zero", "seed": 0}
+    names = ["examples"] if examples is not None else []
+    names += [name for name, value in values.items() if name not in usual or not _same(value, usual[name])]
+    if names:
+        raise QueryError(f"{', '.join(names)}: given beside a spec, which has its own. Change the spec.")
     return model if isinstance(model, CampaignSpec) else CampaignSpec.from_file(model)
 
 

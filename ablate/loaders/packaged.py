@@ -21,11 +21,10 @@ from ablate.loaders.models import timm_model, torchvision_model
 from ablate.loaders.packaged_encoders import reaction_model, sentence_encoder
 from ablate.loaders.packaged_text import glass, smollm
 from ablate.loaders.packages import require
-from ablate.loaders.tokens import TextTokens
 from ablate.loaders.transforms import Transform
 
 IMAGENET_CLASSES = 1000
-Made = tuple[nn.Module, Transform | TextTokens]
+Made = tuple[nn.Module, Transform]  # of language models a TextTokens
 
 
 @dataclass(frozen=True)

@@ -266,8 +266,9 @@ def test_an_unknown_fraction_is_named() -> None:
 def test_the_figure_draws_the_table() -> None:
     choice = coar.choose_fraction(Shares(lambda share: share, 0.98), _examples())
     (axes,) = choice.figure().axes
-    halves, kept = axes.get_lines()[0], next(line for line in axes.get_lines() if line.get_label().startswith("right"))
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    halves, kept = axes.get_lines()[0], lines["right predictions kept"]
     np.testing.assert_array_equal(halves.get_xdata(), FRACTIONS)
     np.testing.assert_array_equal(halves.get_ydata(), choice.table()["halves"])
     np.testing.assert_array_equal(kept.get_ydata(), choice.table()["right_kept"])
-    assert "recommended: 0.01" in [line.get_label() for line in axes.get_lines()]
+    assert "recommended: 0.01" in lines
