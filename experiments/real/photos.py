@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from ablate import Examples
 from ablate.errors import DataError, LoadError
-from ablate.loaders.imagenet import imagenet_names, imagenet_synsets
+from ablate.loaders.imagenet import ImageNetClasses
 from ablate.loaders.images import image_examples
+from ablate.loaders.pixels import read_image
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 WHERE_FROM = (
@@ -54,7 +54,7 @@ def find_photos(folder: Path | None) -> list[Photo]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
     if not files:
         raise LoadError(f"{folder} holds no photos ({', '.join(sorted(ENDINGS))}). {WHERE_FROM}")
-    synsets = {synset: i for i, synset in enumerate(imagenet_synsets())}
+    synsets = {synset: i for i, synset in enumerate(ImageNetClasses("imagenet-1k").wordnet)}
     return [_photo(file, file.relative_to(folder), synsets) for file in files]
 
 
@@ -96,7 +96,7 @@ def photo_examples(
       size: Shrink to so many pixels a side, at once and into memory: real networks run on small images, too, at a
         fraction of the cost. None: as the transform makes them.
     """
-    names = imagenet_names()
+    names = ImageNetClasses("imagenet-1k").names
     labels, ids = [photo.label for photo in photos], [photo.id for photo in photos]
     groups = [f"{label:03d} {names[label]}" for label in labels]  # two classes are called crane
     read = partial(_read, [photo.file for photo in photos])
@@ -105,8 +105,7 @@ def photo_examples(
 
 
 def _read(files: Sequence[Path], i: int) -> Any:
-    with Image.open(files[i]) as image:
-        return image.convert("RGB")
+    return read_image(files[i])
 
 
 def _shrunk(examples: Examples, size: int) -> Examples:
