@@ -19,9 +19,11 @@ from ablate.loaders.factories import factory_data, factory_model
 from ablate.loaders.image_folder import image_folder
 from ablate.loaders.images import hf_images, torchvision_data
 from ablate.loaders.models import timm_model, torchvision_model
+from ablate.loaders.packaged import packaged_model
 from ablate.loaders.text import LanguageModel as LanguageModel
 from ablate.loaders.text import language_model_from_config, language_model_from_folder
 from ablate.loaders.textfiles import text_data
+from ablate.loaders.tokens import TextTokens as TextTokens
 from ablate.loaders.transforms import Transform as Transform
 from ablate.loaders.wilds import wilds_data
 from ablate.sources import AnyData, AnyModel
@@ -33,6 +35,7 @@ from ablate.sources import FactoryModel as FactoryModel
 from ablate.sources import HuggingFaceData as HuggingFaceData
 from ablate.sources import ImageFolderData as ImageFolderData
 from ablate.sources import OpenClipModel as OpenClipModel
+from ablate.sources import PackagedModel as PackagedModel
 from ablate.sources import TextData as TextData
 from ablate.sources import TimmModel as TimmModel
 from ablate.sources import TorchvisionData as TorchvisionData
@@ -45,8 +48,9 @@ from ablate.state import preserved_random_state
 def load_model(source: AnyModel) -> tuple[nn.Module, Transform | None]:
     """Returns a model in eval mode on the CPU, and the transform from a PIL image to its input (None: not known).
 
-    Changes no global random state. Downloads nothing: weights come from a local checkpoint (.safetensors, or a .pt of
-    plain tensors) or are random by seed.
+    The transform of a packaged language model is its tokenizer, from a text to its tokens. Changes no global random
+    state. Downloads nothing: weights come from a local checkpoint (.safetensors, or a .pt of plain tensors), from an
+    installed package, or are random by seed.
 
     Raises:
       UnknownNameError: No model of that name; offers the nearest.
@@ -55,6 +59,9 @@ def load_model(source: AnyModel) -> tuple[nn.Module, Transform | None]:
     with preserved_random_state():
         if isinstance(source, DigitsModel):
             return digits_model(source.seed, source.cache), None
+        if isinstance(source, PackagedModel):
+            trained, reads = packaged_model(source.name)
+            return trained.eval(), reads
         torch.manual_seed(source.seed)
         model, transform = _make(source)
     return model.eval(), transform
@@ -82,7 +89,7 @@ def _make(source: AnyModel) -> tuple[nn.Module, Transform | None]:
 
 
 def load_data(source: AnyData, transform: Transform | None = None, model: nn.Module | None = None) -> Examples:
-    """Returns the examples of a data source; `transform` is the model's, and prepares images.
+    """Returns the examples of a data source; `transform` is the model's, and prepares images or reads text.
 
     With `model`, the class folders of images are checked against the model's number of classes, by one forward.
 
@@ -100,6 +107,9 @@ def load_data(source: AnyData, transform: Transform | None = None, model: nn.Mod
 
 
 def _read(source: AnyData, transform: Transform | None, model: nn.Module | None) -> Examples:
+    own = transform if isinstance(transform, TextTokens) else None
+    if own is not None and not isinstance(source, (TextData, FactoryData)):
+        transform = None  # a tokenizer prepares no images
     match source:
         case DigitsData(split=str(split)):
             return digits_split(split, source.seed)
@@ -117,7 +127,7 @@ def _read(source: AnyData, transform: Transform | None, model: nn.Module | None)
         case WildsData():
             return wilds_data(source.name, Path(source.root), source.split, transform)
         case TextData():
-            return text_data(Path(source.path), source.tokenizer, source.length, source.per)
+            return text_data(Path(source.path), source.tokenizer or own, source.length, source.per)
         case FactoryData():
             return factory_data(source.factory, transform)
     raise TypeError(f"A {type(source).__name__} is no source of data.")

@@ -117,6 +117,13 @@ class TransformersModel(WithWeights):
         return self
 
 
+class PackagedModel(Source):
+    """A trained network whose weights ship inside an installed package, by its name in `ablate.loaders.packaged`."""
+
+    source: Literal["packaged"]
+    name: str
+
+
 class FactoryModel(WithWeights):
     """A user's own model: `module:function`, called without arguments, returns an nn.Module or (model, transform)."""
 
@@ -191,7 +198,10 @@ class WildsData(Source):
 
 
 class TextData(Source):
-    """A text file or a folder of .txt files, for language models: windows of `length` tokens, or lines."""
+    """A text file or a folder of .txt files, for language models: windows of `length` tokens, or lines.
+
+    `tokenizer`: a folder with a tokenizer.json, or that file; None: the model's own, if it brings one, else bytes.
+    """
 
     source: Literal["text"]
     path: str
@@ -210,7 +220,7 @@ class FactoryData(Source):
     factory: str
 
 
-AnyModel = DigitsModel | TorchvisionModel | TimmModel | OpenClipModel | TransformersModel | FactoryModel
+AnyModel = DigitsModel | TorchvisionModel | TimmModel | OpenClipModel | TransformersModel | PackagedModel | FactoryModel
 AnyData = (
     DigitsData | ArraysData | ImageFolderData | TorchvisionData | HuggingFaceData | WildsData | TextData | FactoryData
 )

@@ -48,6 +48,8 @@ from coar.evaluate import FractionEvaluation as FractionEvaluation
 from coar.evaluate import counterfactual_correlation as counterfactual_correlation
 from coar.evaluate import evaluate as evaluate
 from coar.evaluate import mean_interval as mean_interval
+from coar.fraction import FractionChoice as FractionChoice
+from coar.fraction import choose_fraction as choose_fraction
 from coar.interchange import InterchangeError as InterchangeError
 from coar.interchange import export as export
 from coar.interchange import import_attributions as import_attributions

@@ -22,6 +22,7 @@ from coar import (
     cli_edit,
     cli_edit_info,
     cli_estimate,
+    cli_fraction,
     cli_interchange,
     cli_layout,
     cli_plan,
@@ -68,6 +69,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Start here": {"index": cli_campaign.index},
     "Run a campaign and fit it": {
         "plan": cli_plan.plan_spec,
+        "choose-fraction": cli_fraction.choose_fraction,
         "ablate": cli_campaign.run_campaign,
         "status": cli_status.status,
         "fit": cli_campaign.fit_campaign,

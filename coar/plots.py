@@ -127,6 +127,35 @@ def layer_effects(by_layer: pd.DataFrame) -> Figure:
     return figure
 
 
+def ablate_fractions(table: pd.DataFrame, least_kept: float, least_halves: float) -> Figure:
+    """Returns what is kept and what a line can explain against the ablate fraction, from `FractionChoice.table`.
+
+    Args:
+      table: Columns ablate_fraction, right_kept (NaN: not drawn), halves, halves_error, recommended.
+      least_kept, least_halves: The limits that the recommended fraction keeps to, drawn as dotted lines.
+    """
+    fractions = table["ablate_fraction"]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        halves = axes.errorbar(
+            fractions, table["halves"], 2 * table["halves_error"], fmt="o-", color=BLUE, markersize=4, capsize=2,
+            label="c: what a line can explain at most (± 2 standard errors)",
+        )  # fmt: skip
+        axes.axhline(least_halves, color=halves[0].get_color(), linewidth=0.8, linestyle=":")
+        if table["right_kept"].notna().any():
+            axes.plot(fractions, table["right_kept"], "s--", color=RED, markersize=4, label="right predictions kept")
+            axes.axhline(least_kept, color=RED, linewidth=0.8, linestyle=":")
+        for fraction in fractions[table["recommended"]]:
+            axes.axvline(fraction, color="black", linewidth=0.8, label=f"recommended: {fraction:g}")
+        axes.set(xlabel="ablate fraction", ylabel="share, correlation", ylim=(-0.05, 1.05))
+        axes.set_xticks(fractions, [f"{fraction:g}" for fraction in fractions])
+        axes.set_xticks([], minor=True)
+        figure.legend(frameon=False, fontsize=8, loc="outside upper left")
+    return figure
+
+
 def edit_sweep(sweeps: dict[str, pd.DataFrame], chosen: int) -> Figure:
     """Returns worst-group and average accuracy against the number of ablated components, one colour per split."""
     with mpl.rc_context(_STYLE):

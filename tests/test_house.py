@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = ["stores", "ablate", "coar", "experiments"]  # imports go down only
 SHIPPED = ["stores", "ablate", "coar"]
-HEAVY = {"torchvision", "timm", "open_clip", "transformers", "tokenizers", "datasets", "wilds"}
+HEAVY = {"torchvision", "timm", "open_clip", "transformers", "tokenizers", "datasets", "wilds", "gguf"}
 LOADERS = "ablate/loaders/"
 
 

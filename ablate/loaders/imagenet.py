@@ -16,17 +16,18 @@ class ImageNetClasses:
 
     Attributes:
       wordnet: The WordNet id of each class, in the order of the model's outputs.
+      names: Its name, in the same order; of ImageNet-1k two are there twice, "crane" and "maillot".
     """
 
     def __init__(self, subset: str) -> None:
         info = require("timm").data.ImageNetInfo(subset)
         self.wordnet: list[str] = list(info.label_names())
         lemmas = [info.index_to_description(i) for i in range(len(self.wordnet))]
-        self._names = lemmas
+        self.names = lemmas
         if len(self.wordnet) == CLASSES:  # torchvision's are as they are printed under pictures
-            self._names = list(require("torchvision").models._meta._IMAGENET_CATEGORIES)
+            self.names = list(require("torchvision").models._meta._IMAGENET_CATEGORIES)
         self._known: dict[str, set[int]] = {}
-        for i, (id_, name, lemma) in enumerate(zip(self.wordnet, self._names, lemmas, strict=True)):
+        for i, (id_, name, lemma) in enumerate(zip(self.wordnet, self.names, lemmas, strict=True)):
             for text in (id_, name, lemma, *lemma.split(",")):
                 self._known.setdefault(_folded(text), set()).add(i)
 
@@ -48,7 +49,7 @@ class ImageNetClasses:
         if not found:
             raise UnknownNameError("class of ImageNet", folder, self._known, "Or give classes as a list or a file.")
         if len(found) > 1:
-            which = " or ".join(f"class {i} ({self.wordnet[i]}, {self._names[i]})" for i in found)
+            which = " or ".join(f"class {i} ({self.wordnet[i]}, {self.names[i]})" for i in found)
             raise DataError(f"Folder {folder!r} may be {which} of ImageNet. Rename it to the WordNet id of one.")
         return found[0]
 

@@ -13,17 +13,18 @@ from torch import Tensor
 from ablate.data import TEXT_GROUP, Examples
 from ablate.errors import DataError, LoadError
 from ablate.loaders.packages import one_line, require
+from ablate.loaders.tokens import TextTokens
 
 NOT_SCORED = -100
 Tokenizer = Callable[[str], npt.NDArray[np.int64]]
 
 
-def text_data(path: Path, tokenizer: str | None, length: int, per: str) -> Examples:
+def text_data(path: Path, tokenizer: str | TextTokens | None, length: int, per: str) -> Examples:
     """Returns the examples of a text file, or of all .txt files of a folder: tokens, and the next token of each.
 
     Args:
       path: A file, or a folder; its sub-folders name groups.
-      tokenizer: A folder with a `tokenizer.json`, or that file; None: the bytes of the text, 0 to 255.
+      tokenizer: A folder with a `tokenizer.json`, or that file, or a model's own; None: the text's bytes, 0 to 255.
       length: Tokens per example.
       per: `window`: a file's tokens are cut into runs of `length`, the last one shorter. `line`: every line that has
         at least two tokens is an example; one that is longer than `length` + 1 tokens is an error.
@@ -32,7 +33,7 @@ def text_data(path: Path, tokenizer: str | None, length: int, per: str) -> Examp
       Inputs (examples, length) int64; targets (examples, length), the next token, -100 after an example's end, where
       inputs are 0. Ids say file and first line or window: `notes.txt:3`.
     """
-    tokenize = _byte_tokens if tokenizer is None else _tokenizer(Path(tokenizer))
+    tokenize = _tokenize(tokenizer)
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
     ids: list[str] = []
@@ -90,6 +91,12 @@ def _read(file: Path) -> str:
         return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(f"{file} cannot be read as UTF-8 text: {one_line(error)}.") from error
+
+
+def _tokenize(tokenizer: str | TextTokens | None) -> Tokenizer:
+    if isinstance(tokenizer, TextTokens):
+        return lambda text: tokenizer(text).numpy()
+    return _byte_tokens if tokenizer is None else _tokenizer(Path(tokenizer))
 
 
 def _byte_tokens(text: str) -> npt.NDArray[np.int64]:

@@ -19,7 +19,7 @@ import ablate
 from ablate.engine import PRECISIONS
 from ablate.loading import read_checkpoint
 
-MODELS = "digits, torchvision, timm, open_clip, transformers, factory"
+MODELS = "digits, torchvision, timm, open_clip, transformers, packaged, factory"
 DATA = "digits, arrays, imagefolder, torchvision, datasets, wilds, text, factory"
 OUTPUTS = "margin, logit, log_probability, loss, value, token_margin"
 

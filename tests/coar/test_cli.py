@@ -27,6 +27,7 @@ COMMANDS = (
     "edit-info",
     "report",
     "plan",
+    "choose-fraction",
     "verify",
     "repair",
     "migrate",
