@@ -29,7 +29,7 @@ class Op:
     weight: tuple[int, str]
     bias: tuple[int, str]
     out_axis: int  # of the weight: the axis of output channels
-    channels: int  # of input and output: the axis of channels, 1 or -1
+    channels: int  # of input and output: the axis of channels
 
     def with_input(
         self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -48,9 +48,9 @@ class Op:
 
 OPS: dict[Callable[..., Any], Op] = {
     F.linear: Op("linear", (0, "input"), (1, "weight"), (2, "bias"), 0, -1),
-    torch.conv1d: Op("conv1d", (0, "input"), (1, "weight"), (2, "bias"), 0, 1),
-    torch.conv2d: Op("conv2d", (0, "input"), (1, "weight"), (2, "bias"), 0, 1),
-    torch.conv3d: Op("conv3d", (0, "input"), (1, "weight"), (2, "bias"), 0, 1),
+    torch.conv1d: Op("conv1d", (0, "input"), (1, "weight"), (2, "bias"), 0, -2),
+    torch.conv2d: Op("conv2d", (0, "input"), (1, "weight"), (2, "bias"), 0, -3),
+    torch.conv3d: Op("conv3d", (0, "input"), (1, "weight"), (2, "bias"), 0, -4),
     torch.addmm: Op("addmm", (1, "mat1"), (2, "mat2"), (0, "input"), 1, -1),
     F.batch_norm: Op("batch_norm", (0, "input"), (3, "weight"), (4, "bias"), 0, 1),
     F.layer_norm: Op("layer_norm", (0, "input"), (2, "weight"), (3, "bias"), 0, -1),
