@@ -202,6 +202,20 @@ class ActivationGates:
                 gates.outside = _times(gates.outside, mine)
 
     @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Takes the gradients off the gates that are set, for a forward without autograd within a `with` block."""
+        before = [(site.gates, site.gates.inside, site.gates.outside, site.gates.branch) for site in self.sites.values()]
+        if self.functional is not None:
+            self.functional.restart()
+        try:
+            for gates, *values in before:
+                gates.inside, gates.outside, gates.branch = (None if v is None else v.detach() for v in values)
+            yield
+        finally:
+            for gates, inside, outside, branch in before:
+                gates.inside, gates.outside, gates.branch = inside, outside, branch
+
+    @contextmanager
     def tapped(self) -> Iterator[None]:
         """Notes what passes every gated weight for the time of a `with` block, at `sites[...].gates.tap`."""
         try:

@@ -233,7 +233,7 @@ class Machine:
 
     def _check_compiled(self, what: str, got: Tensor, inputs: Tensor) -> None:
         """Raises unless the compiled model sees the weights or gates as they are set now; run on the first few."""
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.activation.detached():
             expected = self.model(inputs)
         found = gap(got.detach(), expected, COMPILED_TOLERANCE[self.dtype])
         if found is not None:
