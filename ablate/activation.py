@@ -204,7 +204,9 @@ class ActivationGates:
     @contextmanager
     def detached(self) -> Iterator[None]:
         """Takes the gradients off the gates that are set, for a forward without autograd within a `with` block."""
-        before = [(site.gates, site.gates.inside, site.gates.outside, site.gates.branch) for site in self.sites.values()]
+        before = [
+            (site.gates, site.gates.inside, site.gates.outside, site.gates.branch) for site in self.sites.values()
+        ]
         if self.functional is not None:
             self.functional.restart()
         try:

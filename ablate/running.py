@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ablate.arguments import check_labels, check_logits
-from ablate.errors import DataError, GatingError, NoGradientError
+from ablate.errors import DataError, NoGradientError
 from ablate.machine import Machine
 from ablate.memory import MemoryPlan, fitting_batch, per_example
 from ablate.outputs import Output
@@ -45,6 +45,10 @@ class Runner:
     def dtype(self) -> torch.dtype:
         """The dtype of outputs and gradients."""
         return torch.float64 if self.machine.dtype == torch.float64 else torch.float32
+
+    @property
+    def _modules(self) -> Iterable[str]:
+        return dict.fromkeys(port.module for port in self.machine.index.ports)
 
     def rows_by_weights(self, rows: Tensor, placed: Placed, result: Tensor, first: int) -> None:
         """Fills `result` (rows, examples): the weights are set once per row, then the forward is the plain one."""
@@ -96,7 +100,7 @@ class Runner:
                 logits = self._gated_by(inputs, parts, size, attention)[: len(targets)]
                 values = self.measure(logits, targets, first + start)
                 if slopes is not None:
-                    found = gate_slopes(values, parts)
+                    found = gate_slopes(values, parts, self._modules)
                     self._require_unread([i for i, one in enumerate(found) if one is None], inputs, targets, parts)
                     slopes[span] = _together(found, parts)
                     ran(BACKWARD * len(targets))
@@ -203,7 +207,7 @@ class Runner:
             with self.machine.active(), torch.enable_grad():
                 parts = self.machine.activation.split(gates.requires_grad_())
                 logits = self.machine.gated_by(few, parts, self.machine.speed.attention)
-                gate_slopes(self.output(logits.to(self.dtype), labels), parts)
+                gate_slopes(self.output(logits.to(self.dtype), labels), parts, self._modules)
 
         return per_example(run)
 
@@ -240,8 +244,11 @@ class Runner:
             self.data_room = budget - half
 
 
-def gate_slopes(values: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
-    """Returns the gradient of the sum of values with respect to some tensors, None where autograd has no way there."""
+def gate_slopes(values: Tensor, wanted: Sequence[Tensor], modules: Iterable[str]) -> list[Tensor | None]:
+    """Returns the gradient of the sum of values with respect to some tensors, None where autograd has no way there.
+
+    Raises NoGradientError, which names the modules, where autograd fails.
+    """
     if not values.requires_grad:
         return [None] * len(wanted)
     try:
@@ -250,10 +257,7 @@ def gate_slopes(values: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]
         raise
     except RuntimeError as error:  # of autograd or a function's own backward
         reason = (str(error).splitlines() or ["no message"])[0].rstrip(".")
-        raise GatingError(
-            f"No gradients: this model's backward raised {type(error).__name__}: {reason}. With gradient checkpointing "
-            "use use_reentrant=False, or use what needs outputs only: outputs(), regression, leave_one_out()."
-        ) from error
+        raise NoGradientError(modules, f"autograd fails with {type(error).__name__}: {reason}") from error
 
 
 def _together(slopes: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from ablate.weights import WeightGates
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest logit
 STEP = {torch.float64: 1e-6, torch.float32: 1e-2}  # of gates, for differences
-SLOPE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 0.1}  # of all slopes together: a kink may lie within a step
+SLOPE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 0.1}  # of all slopes together: a kink may lie within a step
 
 
 def mixed_gates(components: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
