@@ -6,124 +6,22 @@ A layer whose own forward is the only use of its weight becomes a gated layer of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ablate.ablation import Means
-from ablate.attention import attention_forward
 from ablate.components import ComponentIndex, Port
 from ablate.convolutions import per_channel
-from ablate.errors import GatingError
-from ablate.gates import EVERY_ROW, Gates, Tap
-from ablate.probe import Layout, ProbeReport, Use, no_fast_path
-from ablate.uses import Op, Rows, UseMode, linear_rows
-
-
-class GatedLayer(nn.Module):
-    """Mixed into a copy of a layer's class: the layer's forward between its gates; plain while no gates are set."""
-
-    gates: Gates
-    in_layout: Layout | None
-    out_layout: Layout | None
-    channels: int
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the layer's output with its gates applied."""
-        x = self.gates.close_input(x, self.in_layout, self.channels)
-        y: Tensor = super().forward(x, *args, **kwargs)
-        bias = cast("Tensor | None", self.bias)
-        return self.gates.close_output(y, bias, self.out_layout, self.channels, EVERY_ROW)
-
-
-@cache
-def _gated_class(layer: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Gated{layer.__name__}", (GatedLayer, layer), {"__module__": layer.__module__})
-
-
-class GatedAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` taken apart, with gates at its projections; plain while no gates are set.
-
-    Its own forward calls one fused function with all the weights, which no layer inside can see.
-    """
-
-    parts: dict[str, tuple[Gates, Layout | None, Layout | None]]  # by role: in, q, k, v, out
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the attention's output and, if asked, its weights; the signature is torch's."""
-        if not any(gates.closed_somewhere for gates, _, _ in self.parts.values()):
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
-        flip = self.batch_first and query.ndim == 3
-        if flip:
-            same = query is key, key is value
-            query = query.transpose(0, 1)
-            key = query if same[0] else key.transpose(0, 1)
-            value = key if same[1] else value.transpose(0, 1)
-        packed = self._qkv_same_embed_dim
-        out, shares = attention_forward(
-            self._project,
-            query,
-            key,
-            value,
-            self.embed_dim,
-            self.num_heads,
-            self.in_proj_weight,
-            self.in_proj_bias,
-            self.bias_k,
-            self.bias_v,
-            self.add_zero_attn,
-            self.dropout,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            training=self.training,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
-            use_separate_proj_weight=not packed,
-            q_proj_weight=None if packed else self.q_proj_weight,
-            k_proj_weight=None if packed else self.k_proj_weight,
-            v_proj_weight=None if packed else self.v_proj_weight,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )
-        return (out.transpose(0, 1) if flip else out), shares
-
-    def _project(
-        self, role: str, x: Tensor, weight: Tensor, bias: Tensor | None, start: int = 0, stop: int | None = None
-    ) -> Tensor:
-        rows = Rows(start, len(weight) if stop is None else stop)
-        if role not in self.parts:
-            return linear_rows(x, weight, bias, rows)[0]
-        gates, in_layout, out_layout = self.parts[role]
-        x = gates.close_input(x, in_layout, -1)
-        y, offset = linear_rows(x, weight, bias, rows)
-        return gates.close_output(y, offset, out_layout, -1, slice(rows.start, rows.stop))
-
-
-ROLES = {
-    "in_proj_weight": "in",
-    "q_proj_weight": "q",
-    "k_proj_weight": "k",
-    "v_proj_weight": "v",
-    "out_proj.weight": "out",
-}
+from ablate.errors import GatingError, NoGradientError
+from ablate.gated_modules import ROLES, GatedAttention, gated_class
+from ablate.gates import Gates, Places, Tap
+from ablate.probe import ProbeReport, Use, no_fast_path
+from ablate.uses import Op, Rows, UseMode
 
 
 @dataclass
@@ -134,6 +32,7 @@ class _Site:
     ports: list[tuple[int, Port]]
     uses: list[Use]
     gates: Gates = field(default_factory=Gates)
+    places: list[Places] = field(default_factory=list)  # of each use; `gates` has those of all
 
     @property
     def by_layer(self) -> bool:
@@ -151,6 +50,17 @@ class _Site:
         if port.port == "out" and self.uses and self.uses[0].op.groups is not None:
             return self.uses[0].rows.stop
         return port.count * port.width
+
+    @property
+    def how(self) -> list[tuple[Any, ...]]:
+        """How the weight is used, but for where the examples are."""
+        return [(use.module, use.op, use.rows, use.by_forward) for use in self.uses]
+
+    def place(self, uses: list[Use]) -> None:
+        """Takes over the uses that were found on inputs of some shape."""
+        self.uses = uses
+        self.places = [places_of([use]) for use in uses]
+        self.gates.places = places_of(uses)
 
     def leaf(self, owner: str) -> str:
         """Returns the parameter's name within a module."""
@@ -175,26 +85,37 @@ class ActivationGates:
       index: Its components.
       report: What `probe` found out about this model with this index.
 
-    `problems` names every module that cannot be gated, with the reason; `active` refuses if there is one.
+    Attributes:
+      problems: Every module that cannot be gated, with the reason; `active` refuses if there is one.
+      alone: Every module in which the places of examples are not known, with the reason: if there is one, gates are
+        right in forwards of one example only.
+      no_gradient: Every module whose gates have no true gradient, with the reason.
     """
 
     def __init__(self, model: nn.Module, index: ComponentIndex, report: ProbeReport) -> None:
         self._model = model
         self.index = index
         self.problems: dict[str, str] = {}
+        self.alone: dict[str, str] = {}
+        self.no_gradient: dict[str, str] = {}
         self.sites: dict[str, _Site] = {}
         self.layers: list[str] = []
         self.attentions: list[str] = []
+        self._counts = [port.count for port in index.ports]
+        self._known = set(report.strange)
         first = 0
         for port in index.ports:
             problem = _problem(port, report)
             if problem is not None:
                 self.problems.setdefault(port.module, problem)
-            site = self.sites.setdefault(port.parameter, _Site(port.parameter, [], report.uses.get(port.parameter, [])))
-            site.ports.append((first, port))
+            if port.parameter not in self.sites:
+                site = self.sites[port.parameter] = _Site(port.parameter, [], [], Gates(port.module))
+                site.place(report.uses.get(port.parameter, []))
+            self.sites[port.parameter].ports.append((first, port))
             first += port.count
-        functional: dict[str, Tensor] = {}
+        self._find_alone()
         parameters = dict(model.named_parameters())
+        self._watched: dict[str, Tensor] = {}
         for name, site in self.sites.items():
             if not site.uses or any(port.module in self.problems for _, port in site.ports):
                 continue
@@ -204,41 +125,104 @@ class ActivationGates:
             elif attention is not None:
                 self._gate_attention(site, attention)
             else:
-                functional[name] = parameters[name]
-        self.functional = _FunctionalGates(functional, self.sites) if functional else None
+                self._watched[name] = parameters[name]
+        self.functional = _FunctionalGates(self._watched, self.sites) if self._watched else None
+
+    def _find_alone(self) -> None:
+        for site in self.sites.values():
+            for _, port in site.ports:
+                reason = _unknown_places(port, site.uses)
+                if reason is not None and port.module not in self.problems:
+                    self.alone.setdefault(port.module, reason)
 
     def _gate_layer(self, site: _Site) -> None:
         module: Any = self._model.get_submodule(site.ports[0][1].module)
-        use = site.uses[0]
-        module.__class__ = _gated_class(type(module))  # type: ignore[arg-type]  # a class of modules is hashable
-        module.gates, module.channels = site.gates, use.op.channels
-        module.in_layout, module.out_layout = use.in_layout, use.out_layout
+        module.__class__ = gated_class(type(module))  # type: ignore[arg-type]  # a class of modules is hashable
+        module.gates, module.channels = site.gates, site.uses[0].op.channels
         self.layers.append(site.ports[0][1].module)
+
+    def gate_where_used(self, name: str) -> bool:
+        """Gates the uses of a weight, and no more the layer that owns it; returns whether that was another way."""
+        site = self.sites[name]
+        owner = site.ports[0][1].module
+        if owner not in self.layers:
+            return False
+        module: Any = self._model.get_submodule(owner)
+        module.__class__ = type(module).__mro__[2]  # the gated class is made of GatedLayer and the layer's own
+        del module.gates, module.channels
+        self.layers.remove(owner)
+        self._watched[name] = self._model.get_parameter(name)
+        self.functional = _FunctionalGates(self._watched, self.sites)
+        return True
 
     def _gate_attention(self, site: _Site, name: str) -> None:
         module: Any = self._model.get_submodule(name)
         if type(module) is nn.MultiheadAttention:
             module.__class__ = GatedAttention
             vars(module)["parts"] = {}
-        use = site.uses[0]
-        role = ROLES[site.leaf(name)]
-        module.parts[role] = (site.gates, use.in_layout, use.out_layout)
+        module.parts[ROLES[site.leaf(name)]] = site.gates
         self.attentions.extend(port.module for _, port in site.ports)
 
-    def set(self, gates: Tensor | None) -> None:
-        """Sets the gates of the coming forward, (examples, components) in the model's dtype; None: plain."""
+    def look(self, report: ProbeReport, shape: tuple[int, ...]) -> None:
+        """Takes over where the examples are on inputs of this shape.
+
+        Raises:
+          GatingError: Weights are used in another way than on the inputs that the engine was made with; names the
+            module.
+        """
+        for name, site in self.sites.items():
+            module = site.ports[0][1].module
+            if module in self.problems:
+                continue
+            before, by_layer, uses = site.how, module in self.layers, report.uses.get(name, [])
+            found = _Site(name, site.ports, uses)
+            strange = name in report.strange and name not in self._known
+            if strange or before != found.how or (by_layer and not found.one_layout):
+                raise GatingError(
+                    f"Module {module!r} is used in another way on inputs of shape {shape} than on those that the "
+                    f"engine was made with. Make an engine for them, leave it out with exclude=[{module!r}], or use "
+                    "outputs() in mode 'weight'."
+                )
+            site.place(uses)
+        self._find_alone()
+
+    def split(self, gates: Tensor) -> tuple[Tensor, ...]:
+        """Returns gates (examples, components) by port: what `set` takes, and what gradients are taken to."""
+        return gates.split_with_sizes(self._counts, dim=1)
+
+    def set(self, parts: Sequence[Tensor] | None) -> None:
+        """Sets the gates of the coming forward, as `split` gives them, in the model's dtype; None: plain."""
         for site in self.sites.values():
             site.gates.inside = site.gates.outside = site.gates.branch = None
-            if gates is None:
-                continue
-            for first, port in site.ports:
-                mine = per_channel(gates[:, first : first + port.count], port.width, site.channels(port))
-                if port.with_bias:
-                    site.gates.branch = _times(site.gates.branch, mine)
-                elif port.port == "in":
-                    site.gates.inside = _times(site.gates.inside, mine)
-                else:
-                    site.gates.outside = _times(site.gates.outside, mine)
+        if self.functional is not None:
+            self.functional.restart()
+        if parts is None:
+            return
+        for port, part in zip(self.index.ports, parts, strict=True):
+            site = self.sites[port.parameter]
+            mine, gates = per_channel(part, port.width, site.channels(port)), site.gates
+            if port.with_bias:
+                gates.branch = _times(gates.branch, mine)
+            elif port.port == "in":
+                gates.inside = _times(gates.inside, mine)
+            else:
+                gates.outside = _times(gates.outside, mine)
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Takes the gradients off the gates that are set, for a forward without autograd within a `with` block."""
+        before = [
+            (site.gates, site.gates.inside, site.gates.outside, site.gates.branch) for site in self.sites.values()
+        ]
+        if self.functional is not None:
+            self.functional.restart()
+        try:
+            for gates, *values in before:
+                gates.inside, gates.outside, gates.branch = (None if v is None else v.detach() for v in values)
+            yield
+        finally:
+            for gates, inside, outside, branch in before:
+                gates.inside, gates.outside, gates.branch = inside, outside, branch
 
     @contextmanager
     def tapped(self) -> Iterator[None]:
@@ -268,14 +252,15 @@ class ActivationGates:
                 "or use outputs() in mode 'weight'."
             )
         try:
-            with no_fast_path():
-                if self.functional is None:
-                    yield
-                else:
-                    with self.functional:
-                        yield
+            with no_fast_path(), self.functional or nullcontext():
+                yield
         finally:
             self.set(None)
+
+    def require_gradients(self) -> None:
+        """Raises NoGradientError where gates have no true gradient; names the modules."""
+        if self.no_gradient:
+            raise NoGradientError(self.no_gradient, next(iter(self.no_gradient.values())))
 
 
 def _times(one: Tensor | None, two: Tensor) -> Tensor:
@@ -290,24 +275,38 @@ class _FunctionalGates(UseMode):
         self._sites = sites
         self._done: dict[str, int] = {}
 
-    def __enter__(self) -> _FunctionalGates:
-        self._done = {}
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
     def before(self, name: str, op: Op, rows: Rows, x: Tensor) -> Tensor:
         """Returns the gated input."""
-        return self._sites[name].gates.close_input(x, self._use(name).in_layout, op.channels)
+        return self._sites[name].gates.close_input(x, op.channels, self._places(name, op))
 
     def after(self, name: str, op: Op, rows: Rows, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """Returns the gated output."""
-        layout = self._use(name).out_layout
+        places = self._places(name, op)
         self._done[name] = self._done.get(name, 0) + 1
-        return self._sites[name].gates.close_output(y, bias, layout, op.channels, slice(rows.start, rows.stop))
+        return self._sites[name].gates.close_output(y, bias, op.channels, slice(rows.start, rows.stop), places)
 
-    def _use(self, name: str) -> Use:
-        uses = self._sites[name].uses
-        return uses[self._done.get(name, 0) % len(uses)]
+    def restart(self) -> None:
+        """Counts the uses from the first one again: a forward begins."""
+        self._done = {}
+
+    def _places(self, name: str, op: Op) -> Places:
+        """Returns where the examples are in the use that is due: a forward makes those that the probe saw, in order."""
+        site = self._sites[name]
+        due = self._done.get(name, 0) % len(site.uses)
+        if site.uses[due].op is not op:
+            raise GatingError(
+                f"The weight of module {site.gates.module!r} is used by {op.name} where the engine saw "
+                f"{site.uses[due].op.name} on two examples: this batch is run in another way. Leave it out with "
+                f"exclude=[{site.gates.module!r}], or use outputs() in mode 'weight'."
+            )
+        return site.places[due]
+
+
+def places_of(uses: Sequence[Use]) -> Places:
+    """Returns the different places of examples at the input and output of some uses."""
+    inside = {(x.axis, x.blocked, x.each, x.ndim): x for use in uses if (x := use.in_layout) is not None}
+    outside = {(y.axis, y.blocked, y.each, y.ndim): y for use in uses if (y := use.out_layout) is not None}
+    return Places(tuple(inside.values()), tuple(outside.values()))
 
 
 def _problem(port: Port, report: ProbeReport) -> str | None:
@@ -323,6 +322,14 @@ def _problem(port: Port, report: ProbeReport) -> str | None:
             return f"axis {port.axis} of its weight is no {port.port} port of {use.op.name}"
         if port.port == "in" and use.op.name.startswith("conv"):
             return f"in ports of {use.op.name} are not gated"
+    return None
+
+
+def _unknown_places(port: Port, uses: Sequence[Use]) -> str | None:
+    """Returns why the places of a batch's examples at a port are not known, None if they are."""
+    for use in uses:
         if (use.in_layout if port.port == "in" else use.out_layout) is None:
             return f"its examples were not found in the {port.port}put of {use.op.name} in {use.module!r}"
+        if use.moved is not None:
+            return use.moved
     return None

@@ -102,7 +102,8 @@ def cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modul
             return tensor.to(device, COMPLEX.get(dtype, torch.complex64))
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    return model._apply(converted)
+    model._apply(converted)  # type: ignore[no-untyped-call]
+    return model
 
 
 def device_of(model: nn.Module) -> torch.device:

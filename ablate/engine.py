@@ -49,14 +49,15 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": to
 MODES = ("auto", "weight", "activation")
 BATCH_SIZE = 128
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _neutrally(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
     """Returns a method of an engine that runs as in a fresh process: what stands around the call changes no number."""
 
     @wraps(method)
-    def call(engine: Engine, *args: P.args, **kwargs: P.kwargs) -> R:
+    def call(engine: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with neutral_ambient(engine.device):
             return method(engine, *args, **kwargs)
 

@@ -34,6 +34,21 @@ class GatingError(AblateError, ValueError):
     """A model that cannot be run or gated as asked; the message names the module."""
 
 
+class NoGradientError(GatingError):
+    """Gates that change the outputs, but whose gradient autograd does not have; `modules` names theirs."""
+
+    def __init__(self, modules: Iterable[str], cause: str) -> None:
+        self.modules = tuple(modules)
+        self.cause = cause
+        names = ", ".join(map(repr, self.modules[:3]))
+        more = f" and {len(self.modules) - 3} more" if len(self.modules) > 3 else ""
+        super().__init__(
+            f"No gradient reaches the components of {names}{more}, although their gates change the outputs: {cause}. "
+            f"Leave them out with exclude=[...], make it differentiable, or use what needs outputs only: outputs(), "
+            "example_outputs(), regression, leave_one_out()."
+        )
+
+
 class KeepError(AblateError, ValueError):
     """A keep array of the wrong type, dtype or shape."""
 

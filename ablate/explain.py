@@ -31,6 +31,10 @@ def _row(machine: Machine, port: Port) -> tuple[object, ...]:
     else:
         how = "gated where it is used: the module's own forward is not the use"
     notes = []
+    if port.module in machine.activation.alone:
+        notes.append(f"one example per forward: {machine.activation.alone[port.module]}")
+    if port.module in machine.activation.no_gradient:
+        notes.append(f"no gradients: {machine.activation.no_gradient[port.module]}")
     if not uses and port.parameter not in machine.report.strange:
         notes.append("never used on the two examples")
     if len(uses) > 1:

@@ -104,11 +104,11 @@ def _run(model: nn.Module, memory: Mapping[str, Tensor], selection: Selection, i
         return _Ran(None, error, reads.storages)
 
 
-class _Reads(TorchDispatchMode):
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # it registers subclasses
     """Notes the memory that any operation is given, by whatever name or view."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: set[int] = set()
 
     def __torch_dispatch__(

@@ -1,20 +1,25 @@
 """The gates of one weight: what they do to activations, and a tap that notes what passes them.
 
 One formula serves every ablation: `lerp(baseline, y, gate)`, which is exactly `y` at gate 1 and exactly the baseline at
-gate 0, in every dtype.
+gate 0, in every dtype. What the probe learned of two examples is compared with every tensor that a gate gets: a batch
+in which the examples have other places is refused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from ablate.probe import Layout
+from ablate.errors import GatingError, NoGradientError
+from ablate.layouts import Layout
 
 EVERY_ROW = slice(None)
+WITHOUT_AUTOGRAD = (
+    "it runs with autograd switched off (gradient checkpointing with use_reentrant=True, torch.no_grad(), or a custom "
+    "autograd.Function)"
+)
 
 
 def apply_gate(values: Tensor, gate: Tensor, baseline: Tensor | None, layout: Layout, channels: int) -> Tensor:
@@ -22,14 +27,16 @@ def apply_gate(values: Tensor, gate: Tensor, baseline: Tensor | None, layout: La
 
     Args:
       values: Any shape, with the examples as `layout` says and the channels along axis `channels`.
-      gate: (examples, channels) in the dtype of `values`.
+      gate: (examples, channels) in the dtype of `values`. Of one example, everything is: no layout matters.
       baseline: (channels,), or None for zero.
     """
     axis, channels = layout.axis, channels % values.ndim
-    each = values.shape[axis] // len(gate)
     shape = [1] * values.ndim
     shape[channels] = values.shape[channels]
     base = None if baseline is None else baseline.view(shape)
+    if len(gate) == 1:
+        return _mix(values, gate.view(shape), base)
+    each = values.shape[axis] // len(gate)
     if each == 1:
         shape[axis] = len(gate)
         return _mix(values, gate.view(shape), base)
@@ -63,10 +70,18 @@ class Tap:
     inputs: list[Seen] = field(default_factory=list)
     outputs: list[Seen] = field(default_factory=list)
 
-    def note(self, seen: list[Seen], values: Tensor, layout: Layout | None, channels: int, rows: slice) -> Tensor:
+    def note(self, seen: list[Seen], values: Tensor, layout: Layout, channels: int, rows: slice) -> Tensor:
         """Notes values; returns a copy for the model to go on with, which may write to it in place."""
-        seen.append(Seen(values, cast(Layout, layout), channels, rows))
+        seen.append(Seen(values, layout, channels, rows))
         return values.clone()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the probe found the examples at one weight's input and output: a layout per number of places seen."""
+
+    inside: tuple[Layout, ...] = ()
+    outside: tuple[Layout, ...] = ()
 
 
 @dataclass
@@ -76,6 +91,8 @@ class Gates:
     Without means, closed gates leave what a zeroed weight leaves: the bias at the output, nothing elsewhere.
     """
 
+    module: str = ""
+    places: Places = Places()
     inside: Tensor | None = None
     outside: Tensor | None = None
     branch: Tensor | None = None  # closes bias and all: the end of a residual branch
@@ -88,21 +105,47 @@ class Gates:
         """Whether any gate is set."""
         return self.inside is not None or self.outside is not None or self.branch is not None
 
-    def close_input(self, x: Tensor, layout: Layout | None, channels: int) -> Tensor:
-        """Returns the input behind its gates."""
+    def close_input(self, x: Tensor, channels: int, places: Places | None = None) -> Tensor:
+        """Returns the input behind its gates; `places`: of this use, where the uses of a weight differ."""
         if self.inside is None:
             return x
-        x = apply_gate(x, self.inside, self.in_mean, cast(Layout, layout), channels)
+        layout = self._layout(x, (places or self.places).inside, len(self.inside))
+        x = self._with_gradient(apply_gate(x, self.inside, self.in_mean, layout, channels), self.inside)
         return x if self.tap is None else self.tap.note(self.tap.inputs, x, layout, channels, EVERY_ROW)
 
-    def close_output(self, y: Tensor, bias: Tensor | None, layout: Layout | None, channels: int, rows: slice) -> Tensor:
+    def close_output(
+        self, y: Tensor, bias: Tensor | None, channels: int, rows: slice, places: Places | None = None
+    ) -> Tensor:
         """Returns the output behind its gates; `rows` are the channels of the weight that `y` holds."""
+        gate = self.outside if self.outside is not None else self.branch
+        if gate is None:
+            return y
+        layout = self._layout(y, (places or self.places).outside, len(gate))
         mean = None if self.out_mean is None else self.out_mean[rows]
         if self.outside is not None:
-            baseline = bias if mean is None else mean
-            y = apply_gate(y, self.outside[:, rows], baseline, cast(Layout, layout), channels)
+            y = apply_gate(y, self.outside[:, rows], bias if mean is None else mean, layout, channels)
         if self.branch is not None:
-            y = apply_gate(y, self.branch[:, rows], mean, cast(Layout, layout), channels)
-        if self.tap is not None and (self.outside is not None or self.branch is not None):
-            y = self.tap.note(self.tap.outputs, y, layout, channels, rows)
-        return y
+            y = apply_gate(y, self.branch[:, rows], mean, layout, channels)
+        y = self._with_gradient(y, gate)
+        return y if self.tap is None else self.tap.note(self.tap.outputs, y, layout, channels, rows)
+
+    def _layout(self, values: Tensor, layouts: tuple[Layout, ...], examples: int) -> Layout:
+        """Returns where the examples are; raises GatingError where a tensor is none that the probe has seen."""
+        if examples == 1:
+            return Layout(0)
+        for layout in layouts:
+            if values.ndim == layout.ndim and values.shape[layout.axis] == examples * layout.each:
+                return layout
+        known = " or ".join(f"{layout.each} along axis {layout.axis} of {layout.ndim}" for layout in layouts)
+        raise GatingError(
+            f"Module {self.module!r} got a tensor of shape {tuple(values.shape)} for {examples} examples, expected as "
+            f"many places per example as when the engine looked at two ({known or 'none were found'}): this batch is "
+            f"run in another way (in chunks, by another path). Lower batch_size, leave it out with "
+            f"exclude=[{self.module!r}], or use outputs() in mode 'weight'."
+        )
+
+    def _with_gradient(self, values: Tensor, gate: Tensor) -> Tensor:
+        """Returns the values; raises where they should depend on gates that have gradients and do not."""
+        if gate.requires_grad and not values.requires_grad:
+            raise NoGradientError([self.module], WITHOUT_AUTOGRAD)
+        return values

@@ -32,7 +32,7 @@ def lent(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[dict[str, T
     others = [_Kept(tensor, None) for tensor in _loose_tensors(model)]
     all_kept = [*parameters.values(), *others]
     written = tuple(kept.tensor for kept in all_kept if not kept.tensor.is_inference())
-    with torch.autograd._unsafe_preserve_version_counter(written):
+    with torch.autograd._unsafe_preserve_version_counter(written):  # type: ignore[attr-defined]
         try:
             for name, kept in parameters.items():
                 kept.hold(values.get(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,10 @@ from ablate.components import ComponentIndex
 from ablate.copying import cast
 from ablate.errors import DataError, GatingError
 from ablate.folding import add_missing_biases, fold_batch_norms, norm_scale, to_precision
-from ablate.probe import ProbeReport, probe
+from ablate.probe import ProbeReport, look_again, probe
 from ablate.reference import literal_logits
 from ablate.selection import Selection
+from ablate.selfcheck import TOLERANCE, GateCheck
 from ablate.weights import WeightGates
 
 ATTENTION = {
@@ -111,6 +112,8 @@ class Machine:
             add_missing_biases(model, index)
             means = mean_activations(model, index, reference(wide))
         self.activation = ActivationGates(model, index, self.report)
+        self._looked_at: tuple[int, ...] = tuple(inputs.shape[1:])
+        self._looks = {self._looked_at: self.report}
         if literal is not None:
             self._self_check(sample, inputs, literal, ablation.closed, means, wide)
         to_precision(model, device, dtype, self.report.head)
@@ -131,35 +134,21 @@ class Machine:
         self, sample: Tensor, inputs: Tensor, literal: Tensor, closed: float, means: Means | None, dtype: torch.dtype
     ) -> None:
         """Raises, naming the module, unless weight and activation gating give what literal zeroing gives."""
-        tolerance = 1e-8 if dtype == torch.float64 else 1e-3
+        tolerance = TOLERANCE[dtype]
         gates = torch.where(sample.to(self.device), 1.0, closed).to(dtype)
-        weights = WeightGates(self.model, self.index)
-        self._require_equal("weight gating", self._by_weights(weights, gates, inputs), literal, tolerance)
+        check = GateCheck(self._single, self.activation, WeightGates(self.model, self.index), inputs, dtype)
+        by_weights = torch.cat([check.by_weights(row, example) for example, row in enumerate(gates)])
+        self._require_equal("weight gating", by_weights, literal, tolerance)
         if self.activation.problems:
             return
-        by_gates = self._by_gates(gates, inputs)
-        self._require_equal("activation gating", by_gates, literal, tolerance)
-        if means is not None:
+        check.values(gates[1], by_weights[1:])
+        if means is not None and not self.activation.problems:
             self.activation.use_means(means, dtype)
-            by_weights = self._by_weights(WeightGates(self.model, self.index, means), gates, inputs)
-            self._require_equal("mean ablation", self._by_gates(gates, inputs), by_weights, tolerance)
-
-    def _by_weights(self, weights: WeightGates, gates: Tensor, inputs: Tensor) -> Tensor:
-        rows = []
-        try:
-            with torch.no_grad():
-                for example, row in enumerate(gates):
-                    weights.set_gates(row)
-                    rows.append(self.model(inputs)[example])
-        finally:
-            weights.restore()
-        return torch.stack(rows)
-
-    def _by_gates(self, gates: Tensor, inputs: Tensor) -> Tensor:
-        with torch.no_grad(), self.activation.active():
-            self.activation.set(gates)
-            result: Tensor = self.model(inputs)
-        return result
+            with_means = WeightGates(self.model, self.index, means)
+            check = GateCheck(self._single, self.activation, with_means, inputs, dtype)
+            check.values(gates[1], check.by_weights(gates[1], 1))
+        if not self.activation.problems:
+            check.gradients(self.report.cuts)
 
     def _require_equal(self, what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
         found = gap(got, expected, tolerance)
@@ -187,19 +176,52 @@ class Machine:
 
     def gated(self, inputs: Tensor, gates: Tensor, attention: str | None = None) -> Tensor:
         """Returns the logits of prepared inputs, each under its own gates (examples, components); within `active`."""
-        self.activation.set(self._paired(gates.to(self.dtype)))
+        return self.gated_by(inputs, self.activation.split(gates), attention)
+
+    def gated_by(self, inputs: Tensor, parts: Sequence[Tensor], attention: str | None = None) -> Tensor:
+        """Returns what `gated` returns, of gates by port as `activation.split` gives them."""
+        self.look(inputs)
+        parts = [part.to(self.dtype) for part in parts]
+        if not self.activation.alone:
+            return self._by_parts(inputs, parts, attention)
+        each = [self._by_parts(inputs[i : i + 1], [p[i : i + 1] for p in parts], attention) for i in range(len(inputs))]
+        return torch.cat(each)
+
+    def _by_parts(self, inputs: Tensor, parts: Sequence[Tensor], attention: str | None) -> Tensor:
+        self.activation.set(parts)
         return self._run("gated", self._paired(inputs), attention or self.attention)[: len(inputs)]
 
+    def look(self, inputs: Tensor) -> None:
+        """Finds out where the examples are on inputs of this shape, unless the last ones had it, too."""
+        shape = tuple(inputs.shape[1:])
+        if shape == self._looked_at:
+            return
+        if shape not in self._looks:
+            two = inputs[:2] if len(inputs) > 1 else torch.cat([inputs, inputs])
+            with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+                self.activation.set(None)
+                self._looks[shape] = look_again(self.model, self.index, two)
+        self.activation.look(self._looks[shape], shape)
+        self._looked_at = shape
+
     def tapped(self, inputs: Tensor, gates: Tensor) -> Tensor:
-        """Returns what `gated` returns, never compiled: taps are lists."""
-        self.activation.set(self._paired(gates.to(self.dtype)))
+        """Returns what `gated` returns, never compiled: taps are lists. Of one example where places are not known."""
+        self.look(inputs)
+        self.activation.set(self.activation.split(gates.to(self.dtype)))
         eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with self._attention(self.attention), eager:
             result: Tensor = self.model(self._paired(inputs))
         return result[: len(inputs)]
 
+    def _single(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(self._paired(inputs))
+        return logits[: len(inputs)]
+
     def _paired(self, values: Tensor) -> Tensor:
-        """Returns values (examples, ...), a single one twice where the model cannot take it alone."""
+        """Returns values (examples, ...), a single one twice where the model cannot take it alone.
+
+        Its gates stay one row, which acts on all that there is.
+        """
         return values.repeat(2, *[1] * (values.ndim - 1)) if self.report.in_pairs and len(values) == 1 else values
 
     def _run(self, what: str, inputs: Tensor, attention: str | None) -> Tensor:
@@ -212,7 +234,7 @@ class Machine:
 
     def _check_compiled(self, what: str, got: Tensor, inputs: Tensor) -> None:
         """Raises unless the compiled model sees the weights or gates as they are set now; run on the first few."""
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.activation.detached():
             expected = self.model(inputs)
         found = gap(got.detach(), expected, COMPILED_TOLERANCE[self.dtype])
         if found is not None:

@@ -94,7 +94,8 @@ def _along(engine: Engine, inputs: Any, targets: Any, baseline: float, fill: Cal
     with engine.session(examples) as (runner, chunks):
         result = torch.zeros((len(examples), len(engine.index)), dtype=runner.dtype, device=engine.device)
         for first, placed in chunks:
-            for start, batch, labels in placed.batches(runner.gradient_batch_size):
+            size = 1 if runner.machine.activation.alone else runner.gradient_batch_size
+            for start, batch, labels in placed.batches(size):
                 if not batch.is_floating_point():
                     raise DataError(
                         f"Inputs are {batch.dtype}, expected floating numbers: between integers (tokens) there is no "
@@ -143,6 +144,8 @@ class _Step:
         machine = self.runner.machine
         inputs = torch.lerp(torch.full_like(self.inputs, self.baseline), self.inputs, point)
         gates = torch.ones((len(inputs), len(machine.index)), dtype=machine.dtype, device=inputs.device)
+        if gradients:
+            machine.activation.require_gradients()
         with machine.active(), machine.activation.tapped(), torch.set_grad_enabled(gradients):
             logits = machine.tapped(inputs, gates.requires_grad_(gradients))
             outputs = self.runner.measure(logits, self.targets, self.first)
@@ -189,6 +192,8 @@ class _Step:
     def _by_channel(self, effect: Tensor, seen: Seen) -> Tensor:
         """Returns an effect summed over places, (examples, channels)."""
         axis, channels, count = seen.layout.axis, seen.channels % effect.ndim, len(self.targets)
+        if count == 1:
+            return effect.movedim(channels, 0).reshape(1, effect.shape[channels], -1).sum(dim=2)
         each = effect.shape[axis] // count
         parts = (count, each) if seen.layout.blocked else (each, count)
         whole = effect.reshape(*effect.shape[:axis], *parts, *effect.shape[axis + 1 :])

@@ -1,14 +1,15 @@
 """Finding out how a model uses the weights that are to be gated, by running it on two examples.
 
-Nothing is guessed from names or shapes: the model runs on a, on b and on both together, every use of a weight is
-recorded, and the axis of a use's input or output that belongs to the examples is the one along which the joint run is
-the two single runs put together. What cannot be established is reported, never assumed.
+Nothing is guessed from names or shapes: the model runs on a, on b, on both together and on b, a, b, every use of a
+weight is recorded, and the axis of a use's input or output that belongs to the examples is the one along which the
+joint runs are the single runs put together. Whether that holds for other examples, too, the operations of the last run
+tell (see `routing`). What cannot be established is reported, never assumed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,46 +21,31 @@ from ablate.attention import NotImplementedInGatingError
 from ablate.closeness import gap, same
 from ablate.components import ComponentIndex
 from ablate.errors import DataError, GatingError
-from ablate.stack import Frame, Stack
-from ablate.uses import Op, Rows, UseMode
+from ablate.layouts import Layout, layout_of_all
+from ablate.recorder import Event, Recorder
+from ablate.routing import Routes, Steps
+from ablate.stack import Stack
+from ablate.uses import Op, Rows
 
 RUNS_IF_RANDOM = 8  # of a model that draws random numbers: dropout on few logits often does the same twice
-RTOL = 1e-7  # in float64: GEMM blocking differs between batches of one and of two
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the examples are in a tensor: along `axis`, each in consecutive places (`blocked`) or in turn."""
-
-    axis: int
-    blocked: bool = True
-
-    def __str__(self) -> str:
-        return f"examples along axis {self.axis}{'' if self.blocked else ', interleaved'}"
-
-
-@dataclass
-class Event:
-    """One use of one watched weight in one run."""
-
-    parameter: str
-    op: Op
-    rows: Rows
-    frame: Frame
-    x: Tensor
-    y: Tensor
 
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a weight: by which function, in which module, and the layouts of its input and output."""
+    """One use of a weight: by which function, in which module, and the layouts of its input and output.
+
+    Attributes:
+      by_forward: The module's own forward is this use and nothing else: input and output are the module's.
+      moved: Why the layouts hold for the examples that were looked at only, None if they hold for all of their shape.
+    """
 
     module: str
     op: Op
     rows: Rows
     in_layout: Layout | None
     out_layout: Layout | None
-    by_forward: bool  # the module's own forward is this use and nothing else: input and output are the module's
+    by_forward: bool
+    moved: str | None = None
 
 
 @dataclass
@@ -71,72 +57,9 @@ class ProbeReport:
     folds: list[tuple[str, str]] = field(default_factory=list)  # (convolution, the batch norm that alone consumes it)
     head: str | None = None  # the linear layer whose output is the model's
     attention: bool = False  # uses scaled_dot_product_attention
+    cuts: dict[str, str] = field(default_factory=dict)  # what may cut gradients -> in which module
     logits: Tensor | None = None  # of the two examples
     in_pairs: bool = False  # a batch of one example loses its axis (`.squeeze()`): it is run as two of the same
-
-
-class Recorder(UseMode):
-    """Records the uses of watched weights, what else touches them, and who consumes the output of convolutions."""
-
-    def __init__(self, watched: Mapping[str, Tensor], stack: Stack) -> None:
-        super().__init__(watched)
-        self.stack = stack
-        self.events: list[Event] = []
-        self.strange: dict[str, str] = {}
-        self.attention = False
-        self.convolved: dict[int, Tensor] = {}  # kept alive, so that ids stay theirs
-        self.consumers: dict[int, list[tuple[Any, Frame]]] = {}
-
-    def before(self, name: str, op: Op, rows: Rows, x: Tensor) -> Tensor:
-        """Notes who reads the input."""
-        self._consume(op.name, (x,))
-        return x
-
-    def after(self, name: str, op: Op, rows: Rows, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-        """Notes the use."""
-        self.stack.top.uses += 1
-        self.events.append(Event(name, op, rows, self.stack.top, x, y))
-        if op.name == "conv2d":
-            self.convolved[id(y)] = y
-        return y
-
-    def other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Notes what touches a watched weight in another way."""
-        result = function(*args, **kwargs)
-        flat = list(_tensors((args, kwargs)))
-        if any(True for _ in _tensors(result)):
-            for tensor in flat:
-                if id(tensor) in self.watched:
-                    name = _name_of(function)
-                    where = self.stack.top.module or "the model itself"
-                    self.strange.setdefault(self.watched[id(tensor)], f"{name} in {where!r}")
-            self._consume(function, flat)
-        if function is torch.conv2d:
-            self.convolved[id(result)] = result
-        self.attention |= function is F.scaled_dot_product_attention
-        return result
-
-    def _consume(self, function: Any, tensors: Any) -> None:
-        for tensor in tensors:
-            if id(tensor) in self.convolved:
-                self.consumers.setdefault(id(tensor), []).append((function, self.stack.top))
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    """Returns what a user calls a function; an attribute like `weight.T` comes as the `__get__` of its descriptor."""
-    name = getattr(function, "__name__", str(function))
-    return f".{getattr(function.__self__, '__name__', '?')}" if name == "__get__" else name  # type: ignore[attr-defined]
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from _tensors(value)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
 
 
 @contextmanager
@@ -153,7 +76,7 @@ def no_fast_path() -> Iterator[None]:
 def probe(
     model: nn.Module, index: ComponentIndex, inputs: Tensor, check: Callable[[Any], None] = lambda logits: None
 ) -> ProbeReport:
-    """Returns how `model` uses the weights of `index`; runs it four times on at most two examples.
+    """Returns how `model` uses the weights of `index`; runs it four times on at most two examples, once on three.
 
     More often if it draws random numbers: two draws may agree by chance.
 
@@ -167,30 +90,43 @@ def probe(
       DataError: The model fails on them; names the module.
       GatingError: The model is random in eval mode, or its examples influence each other; names the module.
     """
-    parameters = dict(model.named_parameters())
-    watched = {port.parameter: parameters[port.parameter] for port in index.ports}
+    watched = watched_weights(model, index)
     inputs = telling(inputs)
     before = _random_state(inputs)
     joint, stack, logits = _record(model, watched, inputs)
     draws = not torch.equal(before, _random_state(inputs))
     check(logits)
     for _ in range(RUNS_IF_RANDOM if draws else 1):
-        _, other_stack, repeated = _record(model, watched, inputs)
+        steps = Steps()  # not of the first run, in which some models fill caches
+        _, other_stack, repeated = _record(model, watched, inputs, steps)
         _require_same(stack, other_stack, logits, repeated)
     twice, (first, stack_a, logits_a), (second, stack_b, logits_b) = _one_by_one(model, watched, inputs)
     _require_independent(model, (logits, logits_a, logits_b), (stack, stack_a, stack_b))
 
     report = ProbeReport(strange=joint.strange, attention=joint.attention, logits=logits, in_pairs=twice)
-    find = find_layout_of_pairs if twice else find_layout
-    same_run = len(joint.events) == len(first.events) == len(second.events)
-    for i, event in enumerate(joint.events):
-        single = (first.events[i], second.events[i]) if same_run else None
-        report.uses.setdefault(event.parameter, []).append(_use(event, single, find))
+    report.uses, report.cuts = _uses(model, watched, inputs, steps, joint, (first, second), twice)
     report.folds = list(_foldable(model, joint, stack, logits))
     report.head = next(
         (f.module for f in stack.frames if f.output is logits and isinstance(_module(model, f.module), nn.Linear)), None
     )
     return report
+
+
+def look_again(model: nn.Module, index: ComponentIndex, inputs: Tensor) -> ProbeReport:
+    """Returns how a model that was probed uses its weights on two inputs of another shape; uses and oddities only."""
+    watched = watched_weights(model, index)
+    inputs = telling(inputs)
+    twice, (first, _, _), (second, _, _) = _one_by_one(model, watched, inputs)
+    steps = Steps()
+    joint, _, _ = _record(model, watched, inputs, steps)
+    uses, cuts = _uses(model, watched, inputs, steps, joint, (first, second), twice)
+    return ProbeReport(uses=uses, strange=joint.strange, cuts=cuts)
+
+
+def watched_weights(model: nn.Module, index: ComponentIndex) -> dict[str, Tensor]:
+    """Returns the weights of an index by name."""
+    parameters = dict(model.named_parameters())
+    return {port.parameter: parameters[port.parameter] for port in index.ports}
 
 
 def telling(inputs: Tensor) -> Tensor:
@@ -208,12 +144,52 @@ def telling(inputs: Tensor) -> Tensor:
     return inputs
 
 
-def _record(model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor) -> tuple[Recorder, Stack, Tensor]:
+def _uses(
+    model: nn.Module,
+    watched: Mapping[str, Tensor],
+    inputs: Tensor,
+    steps: Steps,
+    joint: Recorder,
+    single: tuple[Recorder, Recorder],
+    twice: bool,
+) -> tuple[dict[str, list[Use]], dict[str, str]]:
+    """Returns the uses of every weight, and what may cut gradients; runs the model on three examples: b, a, b."""
+    three, lost = _three(model, watched, inputs[[1, 0, 1]], steps)
+    uses: dict[str, list[Use]] = {}
+    alike = len({len(recorder.events) for recorder in (joint, *single)}) == 1
+    for i, event in enumerate(joint.events):
+        singles = (single[0].events[i], single[1].events[i]) if alike else None
+        third = three.events[i] if i < len(three.events) else None
+        same = third is not None and (third.parameter, third.op) == (event.parameter, event.op)
+        uses.setdefault(event.parameter, []).append(_use(event, singles, third if same else None, lost, twice))
+    return uses, {} if three.routes is None else three.routes.cuts
+
+
+def _three(
+    model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor, steps: Steps
+) -> tuple[Recorder, str | None]:
+    """Returns the record of a run of three examples, and why it could not be followed to its end."""
     stack = Stack(model)
-    recorder = Recorder(watched, stack)
+    routes = Routes(inputs, steps.steps, lambda: stack.top.module)
+    recorder = Recorder(watched, stack, routes)
+    try:
+        with torch.no_grad(), no_fast_path(), stack.watching(), recorder, routes:
+            model(inputs)
+    except Exception as error:  # it took two and will be asked for three only where three are given
+        return recorder, f"the model fails on three examples ({type(error).__name__})"
+    return recorder, None
+
+
+def _record(
+    model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor, steps: Steps | None = None, touches: bool = False
+) -> tuple[Recorder, Stack, Tensor]:
+    stack = Stack(model)
+    recorder = Recorder(watched, stack, touches=touches)
     version = inputs._version
     try:
-        with torch.no_grad(), no_fast_path(), stack.watching(), recorder:
+        with ExitStack() as within:
+            for context in (torch.no_grad(), no_fast_path(), stack.watching(), recorder, steps or nullcontext()):
+                within.enter_context(context)
             logits = model(inputs)
     except NotImplementedInGatingError as error:
         raise GatingError(
@@ -288,12 +264,12 @@ def _one_by_one(model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor)
     That is what `.squeeze()` does. What the model raises then is not its fault on any batch that it will run on.
     """
     try:
-        alone = _record(model, watched, inputs[:1])
+        alone = _record(model, watched, inputs[:1], touches=True)
         if not isinstance(alone[2], Tensor) or alone[2].shape[:1] == (1,):
             return False, alone, _record(model, watched, inputs[1:2])
     except DataError:
         pass  # as a batch of one it may be no batch at all
-    return True, _record(model, watched, inputs[[0, 0]]), _record(model, watched, inputs[[1, 1]])
+    return True, _record(model, watched, inputs[[0, 0]], touches=True), _record(model, watched, inputs[[1, 1]])
 
 
 def _require_independent(
@@ -333,22 +309,22 @@ def _made_of(both: Any, a: Any, b: Any) -> bool:
     return single.shape == both.shape and gap(both, single, 1e-5) is None
 
 
-def _use(event: Event, single: tuple[Event, Event] | None, find: Callable[..., Layout | None]) -> Use:
+def _use(event: Event, single: tuple[Event, Event] | None, three: Event | None, lost: str | None, twice: bool) -> Use:
     frame = event.frame
-    op = event.op
-    by_forward = frame.uses == 1 and _same_values(frame.input, event.x) and _same_values(frame.output, event.y)
+    same = _same_values(frame.input, event.x) and _same_values(frame.output, event.y)
+    by_forward = frame.uses == 1 and same and single is not None and single[0].untouched
     in_layout = out_layout = None
-    if single is not None:
-        a, b = single
-        if by_forward:
-            in_layout = find(a.frame.input, b.frame.input, frame.input, op.channels)
-            out_layout = find(a.frame.output, b.frame.output, frame.output, op.channels)
-        else:
-            in_layout = find(a.x, b.x, event.x, op.channels)
-            out_layout = find(a.y, b.y, event.y, op.channels)
+    if single is not None and three is not None:
+        runs = (*single, event, three)
+        inputs, outputs = ([r.frame.input for r in runs], [r.frame.output for r in runs])
+        if not by_forward:
+            inputs, outputs = ([r.x for r in runs], [r.y for r in runs])
+        in_layout = layout_of_all(inputs, event.op.channels, twice)
+        out_layout = layout_of_all(outputs, event.op.channels, twice)
         # where one side's values are all equal (weights of zeros) or NaN, the other side tells
         in_layout, out_layout = in_layout or out_layout, out_layout or in_layout
-    return Use(frame.module, op, event.rows, in_layout, out_layout, by_forward)
+    moved = lost or (three.moved if three is not None else "it is not used on three examples")
+    return Use(frame.module, event.op, event.rows, in_layout, out_layout, by_forward, moved)
 
 
 def _same_values(one: Any, two: Tensor) -> bool:
@@ -360,53 +336,6 @@ def _same_values(one: Any, two: Tensor) -> bool:
         and one.numel() == two.numel()
         and one.shape[-1] == two.shape[-1]
     )
-
-
-def find_layout(a: Any, b: Any, both: Any, channels: int) -> Layout | None:
-    """Returns how `both` is made of `a` and `b`, None if it is not; `channels` is the axis that cannot be theirs."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and isinstance(both, Tensor)) or a.shape != b.shape:
-        return None
-    if a.ndim != both.ndim:
-        return None
-    for axis in range(both.ndim):
-        if axis == channels % both.ndim:
-            continue
-        if both.shape != (*a.shape[:axis], 2 * a.shape[axis], *a.shape[axis + 1 :]):
-            continue
-        blocked = _close(both, torch.cat([a, b], axis))
-        in_turn = a.shape[axis] > 1 and _close(both, torch.stack([a, b], axis + 1).flatten(axis, axis + 1))
-        if blocked != in_turn:  # both where all values are equal or NaN: not to be told apart
-            return Layout(axis, blocked)
-    return None
-
-
-def find_layout_of_pairs(a: Any, b: Any, both: Any, channels: int) -> Layout | None:
-    """Returns what `find_layout` does, where `a` and `b` come of runs on two of the same example."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and isinstance(both, Tensor)):
-        return None
-    if not a.shape == b.shape == both.shape:
-        return None
-    for axis in range(both.ndim):
-        size = both.shape[axis]
-        if axis == channels % both.ndim or size % 2:
-            continue
-        place = torch.arange(size, device=both.device).view(-1, *[1] * (both.ndim - 1 - axis))
-        blocked = _close(both, torch.where(place < size // 2, a, b))
-        in_turn = size > 2 and _close(both, torch.where(place % 2 == 0, a, b))
-        if blocked != in_turn:
-            return Layout(axis, blocked)
-    return None
-
-
-def _close(one: Tensor, two: Tensor) -> bool:
-    equal = torch.equal(one, two)
-    if equal or not two.is_floating_point():
-        return equal
-    # a mask's -inf or -1e9, which is the same in both, must not make room for differences between the others
-    different = two[torch.isfinite(two) & (one != two)]
-    scale = float(different.abs().max()) if different.numel() else 0.0
-    rtol = RTOL if one.dtype == torch.float64 else 1e-4
-    return torch.allclose(one, two, rtol=rtol, atol=rtol * scale, equal_nan=True)
 
 
 def _foldable(model: nn.Module, recorder: Recorder, stack: Stack, logits: Tensor) -> Iterator[tuple[str, str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ablate.arguments import check_labels, check_logits, measured
+from ablate.errors import NoGradientError
 from ablate.machine import Machine
 from ablate.memory import MemoryPlan, fitting_batch, per_example
 from ablate.outputs import Output
@@ -16,6 +18,7 @@ from ablate.ticks import BACKWARD, ran
 from ablate.timing import faster, smallest_good_batch
 
 AUTO_BATCHES = (64, 128, 256, 512, 1024)
+CUT_OFF = "the model or the output goes on without autograd (torch.no_grad(), .detach(), an argmax, numpy)"
 
 
 @dataclass
@@ -42,6 +45,10 @@ class Runner:
     def dtype(self) -> torch.dtype:
         """The dtype of outputs and gradients."""
         return torch.float64 if self.machine.dtype == torch.float64 else torch.float32
+
+    @property
+    def _modules(self) -> Iterable[str]:
+        return dict.fromkeys(port.module for port in self.machine.index.ports)
 
     def rows_by_weights(self, rows: Tensor, placed: Placed, result: Tensor, first: int) -> None:
         """Fills `result` (rows, examples): the weights are set once per row, then the forward is the plain one."""
@@ -79,24 +86,59 @@ class Runner:
     def per_example(self, gates: Tensor, placed: Placed, result: Tensor, slopes: Tensor | None, first: int) -> None:
         """Fills `result` (examples,) and `slopes` (examples, components): every example under its own gates."""
         size = self.batch_size if slopes is None else self.gradient_batch_size
+        self.machine.look(next(placed.batches(2))[1])
+        if self.machine.activation.alone:  # a backward may run parts of the forward again, under the gates set last
+            size = 1
+        if slopes is not None:
+            self.machine.activation.require_gradients()
         with self.machine.active(), torch.set_grad_enabled(slopes is not None):
             for start, inputs, targets in placed.batches(size):
                 span = slice(start, start + len(targets))
                 own = gates[span].to(inputs.device, self.dtype, copy=True).requires_grad_(slopes is not None)
                 attention = None if slopes is None else self._attention_for_gradients(inputs, own)
-                logits = self._gated(inputs, own, size, attention)[: len(targets)]
+                parts = self.machine.activation.split(own)
+                logits = self._gated_by(inputs, parts, size, attention)[: len(targets)]
                 values = self.measure(logits, targets, first + start)
                 if slopes is not None:
-                    slopes[span] = _slopes(values, own)
+                    found = gate_slopes(values, parts, self._modules)
+                    self._require_unread([i for i, one in enumerate(found) if one is None], inputs, targets, parts)
+                    slopes[span] = _together(found, parts)
                     ran(BACKWARD * len(targets))
                 result[span] = values.detach()
 
-    def _gated(self, inputs: Tensor, gates: Tensor, size: int, attention: str | None = None) -> Tensor:
+    def _gated(self, inputs: Tensor, gates: Tensor, size: int) -> Tensor:
+        return self._gated_by(inputs, self.machine.activation.split(gates), size)
+
+    def _gated_by(self, inputs: Tensor, parts: Sequence[Tensor], size: int, attention: str | None = None) -> Tensor:
         inputs = self.padded(inputs, size)
-        missing = len(inputs) - len(gates)
+        missing = len(inputs) - len(parts[0])
         if missing:
-            gates = torch.cat([gates, gates.new_ones((missing, gates.shape[1]))])
-        return self.machine.gated(inputs, gates, attention)
+            parts = [torch.cat([part, part.new_ones((missing, part.shape[1]))]) for part in parts]
+        return self.machine.gated_by(inputs, parts, attention)
+
+    def _require_unread(self, blind: Sequence[int], inputs: Tensor, targets: Tensor, parts: Sequence[Tensor]) -> None:
+        """Raises NoGradientError if gates that no gradient reaches, by their position, change outputs all the same."""
+        if not blind:
+            return
+        parts = [part.detach() for part in parts]
+
+        def outputs(moved: Sequence[int]) -> Tensor:
+            now = [0.5 - part if i in moved else part for i, part in enumerate(parts)]
+            logits = self._gated_by(inputs, now, len(inputs))[: len(targets)]
+            return self.output(logits.to(self.dtype), targets)
+
+        with torch.no_grad():
+            before = outputs([])
+            room = 1e-6 * before.abs().max()
+
+            def matter(moved: Sequence[int]) -> bool:
+                return bool(((outputs(moved) - before).abs() > room).any())
+
+            if not matter(blind):
+                return
+            ports = self.machine.index.ports
+            names = [ports[i].module for i in blind if matter([i])] or [ports[i].module for i in blind]
+        raise NoGradientError(dict.fromkeys(names), CUT_OFF)
 
     def padded(self, inputs: Tensor, size: int) -> Tensor:
         """Returns the inputs filled up to a whole batch where the model is compiled for that shape alone."""
@@ -157,15 +199,18 @@ class Runner:
             few, labels = _repeated(inputs, count), _repeated(targets, count)
             gates = torch.ones((count, len(self.machine.index)), dtype=self.dtype, device=few.device)
             with self.machine.active(), torch.enable_grad():
-                logits = self.machine.gated(few, gates.requires_grad_(), self.machine.speed.attention)
-                _slopes(self.output(logits.to(self.dtype), labels), gates)
+                parts = self.machine.activation.split(gates.requires_grad_())
+                logits = self.machine.gated_by(few, parts, self.machine.speed.attention)
+                gate_slopes(self.output(logits.to(self.dtype), labels), parts, self._modules)
 
         return per_example(run)
 
     def plan(self, inputs: Tensor, targets: Tensor) -> MemoryPlan:
         """Returns how much memory this machine takes, measured on a few repeats of these examples."""
         forward = self.forward_memory(inputs, targets)
-        gradient = (0, 0) if self.machine.activation.problems else self.gradient_memory(inputs, targets)
+        activation = self.machine.activation
+        without = activation.problems or activation.no_gradient
+        gradient = (0, 0) if without else self.gradient_memory(inputs, targets)
         each = inputs[:1].numel() * inputs.element_size()
         return MemoryPlan(self.machine.bytes, *forward, *gradient, each, self.batch_size, self.gradient_batch_size)
 
@@ -193,11 +238,25 @@ class Runner:
             self.data_room = budget - half
 
 
-def _slopes(values: Tensor, gates: Tensor) -> Tensor:
-    """Returns the gradient of each value with respect to its gates: zero for gates that reach no output."""
+def gate_slopes(values: Tensor, wanted: Sequence[Tensor], modules: Iterable[str]) -> list[Tensor | None]:
+    """Returns the gradient of the sum of values with respect to some tensors, None where autograd has no way there.
+
+    Raises NoGradientError, which names the modules, where autograd fails.
+    """
     if not values.requires_grad:
-        return torch.zeros_like(gates)
-    return torch.autograd.grad(values.sum(), gates, materialize_grads=True)[0]
+        return [None] * len(wanted)
+    try:
+        return list(torch.autograd.grad(values.sum(), wanted, allow_unused=True))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of autograd or a function's own backward
+        reason = (str(error).splitlines() or ["no message"])[0].rstrip(".")
+        raise NoGradientError(modules, f"autograd fails with {type(error).__name__}: {reason}") from error
+
+
+def _together(slopes: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Tensor:
+    """Returns slopes by port as (examples, components): zero for gates that reach no output."""
+    return torch.cat([torch.zeros_like(p) if s is None else s for s, p in zip(slopes, parts, strict=True)], dim=1)
 
 
 def _repeated(values: Tensor, count: int) -> Tensor:

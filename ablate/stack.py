@@ -7,17 +7,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass
 class Frame:
-    """One call of one module's forward."""
+    """One call of one module's forward; `version` is its input's when it began (see `version_of`)."""
 
     module: str
     input: Any = None
     output: Any = None
     uses: int = 0
+    version: int = 0
+
+
+def version_of(value: Any) -> int:
+    """Returns how often the memory of a tensor was written to; 0 where torch does not count."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 class Stack:
@@ -27,6 +33,7 @@ class Stack:
         self._model = model
         self._open: list[Frame] = []
         self.frames: list[Frame] = []
+        self.left: Callable[[Frame], None] = lambda frame: None  # called at the end of every call
         self.failed: str | None = None
 
     @contextmanager
@@ -52,11 +59,14 @@ class Stack:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            frame = Frame(name, args[0] if args else next(iter(kwargs.values()), None))
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            frame = Frame(name, given, version=version_of(given))
             self._open.append(frame)
             self.frames.append(frame)
 
         return hook
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._open.pop().output = output
+        frame = self._open.pop()
+        frame.output = output
+        self.left(frame)

@@ -29,7 +29,7 @@ class Op:
     weight: tuple[int, str]
     bias: tuple[int, str]
     out_axis: int  # of the weight: the axis of output channels
-    channels: int  # of input and output: the axis of channels, 1 or -1
+    channels: int  # of input and output: the axis of channels
     groups: tuple[int, str] | None = None  # of transposed convolutions, whose weight holds the outputs of one group
 
     def rows(self, weight: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rows:
@@ -54,15 +54,15 @@ class Op:
 
 OPS: dict[Callable[..., Any], Op] = {
     F.linear: Op("linear", (0, "input"), (1, "weight"), (2, "bias"), 0, -1),
-    torch.conv1d: Op("conv1d", (0, "input"), (1, "weight"), (2, "bias"), 0, 1),
-    torch.conv2d: Op("conv2d", (0, "input"), (1, "weight"), (2, "bias"), 0, 1),
-    torch.conv3d: Op("conv3d", (0, "input"), (1, "weight"), (2, "bias"), 0, 1),
+    torch.conv1d: Op("conv1d", (0, "input"), (1, "weight"), (2, "bias"), 0, -2),
+    torch.conv2d: Op("conv2d", (0, "input"), (1, "weight"), (2, "bias"), 0, -3),
+    torch.conv3d: Op("conv3d", (0, "input"), (1, "weight"), (2, "bias"), 0, -4),
     **{
-        function: Op(name, (0, "input"), (1, "weight"), (2, "bias"), 1, 1, groups=(6, "groups"))
-        for function, name in (
-            (torch.conv_transpose1d, "conv_transpose1d"),
-            (torch.conv_transpose2d, "conv_transpose2d"),
-            (torch.conv_transpose3d, "conv_transpose3d"),
+        function: Op(name, (0, "input"), (1, "weight"), (2, "bias"), 1, channels, groups=(6, "groups"))
+        for function, name, channels in (
+            (torch.conv_transpose1d, "conv_transpose1d", -2),
+            (torch.conv_transpose2d, "conv_transpose2d", -3),
+            (torch.conv_transpose3d, "conv_transpose3d", -4),
         )
     },
     torch.addmm: Op("addmm", (1, "mat1"), (2, "mat2"), (0, "input"), 1, -1),

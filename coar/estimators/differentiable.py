@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ablate import Engine, Examples
+from ablate.errors import NoGradientError
 from coar.errors import FitError
 from coar.estimators.plain import require_components
 
@@ -37,6 +38,14 @@ def check_differentiable(engine: Engine, examples: Examples) -> None:
     """
     require_components(engine)
     few = examples.take(range(min(FEW, len(examples))))
+    try:
+        _check(engine, examples, few)
+    except NoGradientError as error:
+        every = {module for module, _ in _modules(engine)}
+        raise FitError(_message(engine, list(error.modules), set(error.modules) != every)) from error
+
+
+def _check(engine: Engine, examples: Examples, few: Examples) -> None:
     count = len(engine.index)
     seen = _moving(engine, few, np.ones(count, dtype=np.float32))
     suspects = [(module, ids) for module, ids in _modules(engine) if not seen[ids].any()]

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import ablate
 from ablate.gates import apply_gate
-from ablate.probe import Layout
+from ablate.layouts import Layout
 
 # layout -> from (examples, positions, channels) to the tensor a layer sees, and the axis of its channels
 ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Layout, int]] = {

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import ablate
 from ablate.components import ComponentIndex, Port
-from ablate.probe import Layout, find_layout, probe
+from ablate.layouts import Layout, find_layout
+from ablate.probe import probe
 
 EXAMPLES, CLASSES = 5, 3
 KINDS = ["conv_filter", "linear_neuron", "qkv_neuron"]
@@ -265,9 +266,6 @@ def test_targets_that_are_missing_or_of_another_form(inputs: Tensor, targets: Te
         (Matmul, "its weight 'fc.weight' is used by .T in 'the model itself'", ".T in 'the model itself'"),
         (Standardised, "its weight 'fc.weight' is used by norm in 'the model itself'", "norm in 'the model itself'"),
         (Unused, "it was never used when the model ran on two examples", "nothing"),
-        (OneByOne, "its examples were not found in the output of linear in 'fc'", "linear in 'fc'"),
-        (Reversed, "its examples were not found in the output of linear in 'fc'", "linear in 'fc'"),
-        (Sorted, "its examples were not found in the output of linear in 'fc'", "linear in 'fc'"),
     ],
 )
 def test_modules_that_cannot_be_gated_per_example(
@@ -295,6 +293,23 @@ def test_modules_that_cannot_be_gated_per_example(
     outputs, _ = ablate.Engine(model, others).gate_gradients(np.ones((EXAMPLES, len(others))), inputs, targets)
     with torch.no_grad():
         torch.testing.assert_close(outputs, ablate.Margin()(model(inputs), targets))
+
+
+@pytest.mark.parametrize("build", [OneByOne, Reversed, Sorted])
+def test_modules_that_are_gated_one_example_at_a_time(
+    build: Callable[[], nn.Module], inputs: Tensor, targets: Tensor, randomise: Any
+) -> None:
+    model = randomise(build(), 1).eval()
+    index = ComponentIndex.from_model(model, KINDS)
+    keep = ablate.KeepPlan(len(index), EXAMPLES, 0.3).take(0, EXAMPLES)
+    expected = ablate.reference_outputs(model, index, keep, inputs, targets)
+    engine = ablate.Engine(model, index)
+    torch.testing.assert_close(engine.outputs(keep, inputs, targets), expected)
+    gates = torch.tensor(keep).float()
+    torch.testing.assert_close(engine.example_outputs(gates, inputs, targets), expected.diagonal())
+    row = engine.explain().iloc[0]
+    assert row["module"] == "fc"
+    assert row["notes"].startswith("one example per forward: its examples were not found in the output of linear in")
 
 
 def test_an_embedding_that_is_the_head_too(randomise: Any) -> None:
@@ -530,18 +545,20 @@ def test_the_self_check_sees_a_broken_gate(inputs: Tensor, targets: Tensor, monk
         self.weight[: len(self.weight) // 2] = self.master[: len(self.weight) // 2]
 
     apply, set_gates = gates.apply_gate, weights._Weight.set_gates
-    for where, name, broken, what in (
-        (gates, "apply_gate", forgets_the_bias, "Activation"),
-        (weights._Weight, "set_gates", sets_half, "Weight"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(where, name, broken)
-            message = _message(model, ablate.errors.GatingError, inputs, targets)
-            assert message.startswith(
-                f"{what} gating of this Sequential does not give what zeroing the weights by hand gives: logits differ "
-            )
-            engine = ablate.Engine(model, index, self_check=False)
-            engine.outputs(np.ones((1, len(index)), dtype=bool), inputs, targets)
+    with monkeypatch.context() as patch:
+        patch.setattr(weights._Weight, "set_gates", sets_half)
+        message = _message(model, ablate.errors.GatingError, inputs, targets)
+        assert message.startswith("Weight gating of this Sequential does not give what zeroing the weights by hand ")
+        engine = ablate.Engine(model, index, self_check=False)
+        engine.outputs(np.ones((1, len(index)), dtype=bool), inputs, targets)
+    keep = ablate.KeepPlan(len(index), EXAMPLES, 0.3).take(0, EXAMPLES)
+    with monkeypatch.context() as patch:
+        patch.setattr(gates, "apply_gate", forgets_the_bias)
+        engine = ablate.Engine(model, index)
+        expected = ablate.reference_outputs(model, index, keep, inputs, targets)
+        torch.testing.assert_close(engine.outputs(keep, inputs, targets), expected)  # weights are not at fault
+        with pytest.raises(ablate.GatingError, match=r"^Module '0' cannot be gated per example: its gates do not do "):
+            engine.example_outputs(keep.astype(np.float32), inputs, targets)
     ablate.Engine(model, index, example_inputs=inputs)
 
 
