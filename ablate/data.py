@@ -50,7 +50,7 @@ class Examples:
     ) -> None:
         refuse_tables(inputs, "Inputs")
         self._inputs: Tensor | Dataset[Any]
-        self._inputs = as_tensor(inputs, "Inputs") if isinstance(inputs, (Tensor, np.ndarray)) else inputs
+        self._inputs = _given(inputs, alone=targets is None)
         if not isinstance(self._inputs, Tensor) and not hasattr(inputs, "__getitem__"):
             raise DataError(
                 f"Inputs are a {type(inputs).__name__}, expected a tensor, an array or a map-style Dataset."
@@ -251,6 +251,17 @@ class Examples:
         if self.normalize is not None:
             hasher.update(f";normalize:{self.normalize}".encode())
         return hasher.hexdigest()
+
+
+def _given(inputs: Any, alone: bool) -> Any:
+    """Returns inputs as a tensor, unless they are a data set. A list with targets beside it is rows of numbers."""
+    listed = isinstance(inputs, (list, tuple)) and not alone
+    if listed and len(inputs) and all(isinstance(item, Tensor) for item in inputs):
+        shapes = sorted({tuple(item.shape) for item in inputs})
+        if len(shapes) > 1:
+            raise DataError(f"Inputs have different shapes, {shapes}: make them one shape, or give a data set.")
+        return torch.stack(list(inputs))
+    return as_tensor(inputs, "Inputs") if listed or isinstance(inputs, (Tensor, np.ndarray)) else inputs
 
 
 def _length(data: Any) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,9 @@ def attenuate_memory(
     if factor == 1.0:
         return saved
     try:
-        with torch.no_grad():
-            for name, axis, units in touched_slices(selection, parameters):
-                parameter = parameters[name]
+        for name, axis, units in touched_slices(selection, parameters):
+            parameter = parameters[name]
+            with _writing(parameter):
                 positions = torch.tensor(units, device=parameter.device)
                 original = parameter.index_select(axis, positions)
                 changed = torch.zeros_like(original) if factor == 0.0 else original * factor
@@ -83,21 +84,26 @@ def replaced(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     parameters = dict(model.named_parameters())
     saved: list[tuple[str, Tensor]] = []
     try:
-        with torch.no_grad():
-            for name, value in weights.items():
-                saved.append((name, parameters[name].detach().clone()))
+        for name, value in weights.items():
+            saved.append((name, parameters[name].detach().clone()))
+            with _writing(parameters[name]):
                 parameters[name].copy_(value)
         yield
     finally:
-        with torch.no_grad():
-            for name, original in reversed(saved):
+        for name, original in reversed(saved):
+            with _writing(parameters[name]):
                 parameters[name].copy_(original)
+
+
+def _writing(parameter: Tensor) -> AbstractContextManager[Any]:
+    """Returns a context in which a parameter may be changed in place: one made in inference mode only in that."""
+    return torch.inference_mode() if parameter.is_inference() else torch.no_grad()
 
 
 def _put_back(parameters: Mapping[str, Tensor], saved: list[tuple[str, int, Tensor, Tensor]]) -> None:
     """Undoes `attenuate`, last change first: two parameters may be views of the same memory."""
-    with torch.no_grad():
-        for name, axis, positions, original in reversed(saved):
+    for name, axis, positions, original in reversed(saved):
+        with _writing(parameters[name]):
             parameters[name].index_copy_(axis, positions, original)
 
 

@@ -8,7 +8,7 @@ tell (see `routing`). What cannot be established is reported, never assumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +92,49 @@ def probe(
     """
     watched = watched_weights(model, index)
     inputs = telling(inputs)
+    runs = checked_runs(model, watched, inputs, check)
+    (joint, stack, logits), (first, _, _), (second, _, _), twice = runs.both, runs.first, runs.second, runs.twice
+    report = ProbeReport(strange=joint.strange, attention=joint.attention, logits=logits, in_pairs=twice)
+    report.uses, report.cuts = _uses(model, watched, inputs, runs.steps, joint, (first, second), twice)
+    report.folds = list(_foldable(model, joint, stack, logits))
+    report.head = next(
+        (f.module for f in stack.frames if f.output is logits and isinstance(_module(model, f.module), nn.Linear)), None
+    )
+    return report
+
+
+Run = tuple[Recorder, Stack, Tensor]
+
+
+@dataclass(frozen=True)
+class CheckedRuns:
+    """Runs on two examples: on both, and on either alone (or, where a batch of one loses its axis, `twice`).
+
+    `steps` are those of the last run on both.
+    """
+
+    both: Run
+    first: Run
+    second: Run
+    twice: bool
+    steps: Steps
+
+
+def checked_runs(
+    model: nn.Module,
+    watched: Mapping[str, Tensor],
+    inputs: Tensor,
+    check: Callable[[Any], None] = lambda logits: None,
+    tolerance: float = 1e-5,
+) -> CheckedRuns:
+    """Returns the runs of a model on two examples, recorded, after checking that they agree; raises as `probe`.
+
+    Args:
+      model, check: As for `probe`.
+      watched: The weights whose uses are recorded, by name.
+      inputs: (2, ...), see `telling`.
+      tolerance: How far logits may differ between two examples together and alone, as a share of their size.
+    """
     before = _random_state(inputs)
     joint, stack, logits = _record(model, watched, inputs)
     draws = not torch.equal(before, _random_state(inputs))
@@ -100,16 +143,10 @@ def probe(
         steps = Steps()  # not of the first run, in which some models fill caches
         _, other_stack, repeated = _record(model, watched, inputs, steps)
         _require_same(stack, other_stack, logits, repeated)
-    twice, (first, stack_a, logits_a), (second, stack_b, logits_b) = _one_by_one(model, watched, inputs)
-    _require_independent(model, (logits, logits_a, logits_b), (stack, stack_a, stack_b))
-
-    report = ProbeReport(strange=joint.strange, attention=joint.attention, logits=logits, in_pairs=twice)
-    report.uses, report.cuts = _uses(model, watched, inputs, steps, joint, (first, second), twice)
-    report.folds = list(_foldable(model, joint, stack, logits))
-    report.head = next(
-        (f.module for f in stack.frames if f.output is logits and isinstance(_module(model, f.module), nn.Linear)), None
-    )
-    return report
+    twice, first, second = _one_by_one(model, watched, inputs)
+    three = (joint, stack, logits), first, second
+    _require_independent(model, [run[2] for run in three], [run[1] for run in three], tolerance)
+    return CheckedRuns(*three, twice, steps)
 
 
 def look_again(model: nn.Module, index: ComponentIndex, inputs: Tensor) -> ProbeReport:
@@ -255,9 +292,6 @@ def _require_same(one: Stack, two: Stack, logits: Tensor, repeated: Tensor) -> N
     )
 
 
-Run = tuple[Recorder, Stack, Tensor]
-
-
 def _one_by_one(model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor) -> tuple[bool, Run, Run]:
     """Returns the runs on either example, each alone; or twice, and True, where a batch of one loses its axis.
 
@@ -272,16 +306,15 @@ def _one_by_one(model: nn.Module, watched: Mapping[str, Tensor], inputs: Tensor)
     return True, _record(model, watched, inputs[[0, 0]], touches=True), _record(model, watched, inputs[[1, 1]])
 
 
-def _require_independent(
-    model: nn.Module, logits: tuple[Tensor, Tensor, Tensor], stacks: tuple[Stack, Stack, Stack]
-) -> None:
+def _require_independent(model: nn.Module, logits: Sequence[Tensor], stacks: Sequence[Stack], tolerance: float) -> None:
     """Raises unless two examples give the logits that each gives alone, or twice; names the module that mixes them."""
-    if _made_of(*logits):
+    if _made_of(tolerance, *logits):
         return
     names = [
         frames[0].module
         for frames in zip(*(stack.frames for stack in stacks), strict=False)
-        if _made_of(*(frame.input for frame in frames)) and not _made_of(*(frame.output for frame in frames))
+        if _made_of(tolerance, *(frame.input for frame in frames))
+        and not _made_of(tolerance, *(frame.output for frame in frames))
     ]
     culprit = max(names, key=lambda name: name.count(".") + bool(name), default="")
     module = _module(model, culprit)
@@ -295,7 +328,7 @@ def _require_independent(
     )
 
 
-def _made_of(both: Any, a: Any, b: Any) -> bool:
+def _made_of(tolerance: float, both: Any, a: Any, b: Any) -> bool:
     """Returns whether a result on two examples is, along its first axis, what each gives alone, or twice."""
     if not (isinstance(both, Tensor) and isinstance(a, Tensor) and isinstance(b, Tensor)) or both.ndim == 0:
         return False
@@ -306,7 +339,7 @@ def _made_of(both: Any, a: Any, b: Any) -> bool:
         single = torch.cat([a, b])
     else:
         return False
-    return single.shape == both.shape and gap(both, single, 1e-5) is None
+    return single.shape == both.shape and gap(both, single, tolerance) is None
 
 
 def _use(event: Event, single: tuple[Event, Event] | None, three: Event | None, lost: str | None, twice: bool) -> Use:

@@ -10,17 +10,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ablate import AblateError, ModelMismatchError, Selection, model_hash, preserved_random_state
+from ablate import ModelMismatchError, Selection, model_hash, preserved_random_state
 from ablate.copying import copy_of, device_of
 from ablate.faithful import doubts
 from ablate.flow import seen_with
 from ablate.logits import OutputKey, returning_logits
 from ablate.sharing import tie
+from ablate.state import neutral_ambient
+from ablate.steady import require_steady
 from coar.editing.edit import Edit
+from coar.editing.half import HALF, is_half, lift, rounding, words
 from coar.editing.log import EditLog
 from coar.editing.operations import Operation
 from coar.editing.places import last_layer
 from coar.editing.request import TOKENS, Request
+from coar.editing.running import BATCH, memory_reported, run
 from coar.editing.settings import wrong_types
 from coar.editing.weights import covered
 from coar.errors import EditError, EditMismatchError
@@ -60,6 +64,7 @@ class Editor(ABC):
     title: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()  # fields of the request, beside inputs
+    exact_in_half: ClassVar[bool] = False  # it only switches weights off: there is nothing to round
     quick: ClassVar[Mapping[str, Any]] = {}  # settings with which it takes about a second on a small model
 
     seed: int = 0
@@ -70,7 +75,7 @@ class Editor(ABC):
             raise EditError(f"These settings cannot work: {'; '.join(problems)}.")
 
     def _problems(self) -> list[str]:
-        """Returns what is wrong with the settings, whose types are right, in words."""
+        """Returns what is wrong with the settings, whose types are right, in words; or raises EditError."""
         return []
 
     @abstractmethod
@@ -103,10 +108,12 @@ class Editor(ABC):
     ) -> Edit:
         """Returns the edit that this method makes. The model, the global random state and the request are unchanged.
 
-        The same seed gives the same edit. Memory: one copy of the model, beside what the method says.
+        The same seed gives the same edit. Memory: one copy of the model, beside what the method says. A model in half
+        precision is edited in float32, and what rounding takes from the edit is in its details (`rounding`); methods
+        that only switch weights off are exact in any precision.
 
         Args:
-          model: In eval mode; float32 or float64 where it is edited.
+          model: In eval mode; deterministic, and each example's logits its own: checked on two inputs.
           request: What to achieve.
           selection: The components that may change; None: see `default_selection`.
           output_key: Where in what the model returns the logits are, as for `ablate.Engine`.
@@ -116,27 +123,44 @@ class Editor(ABC):
           EditError: A request that misses something or does not fit the model, or a setting that cannot work here.
           EditMismatchError: The selection's index does not describe the model.
           ablate.GatingError: A copy of the model would go on running the original's weights; names them.
+          GatingError: The model is random in eval mode, or mixes the examples of a batch.
+          OutOfMemoryError: Memory did not suffice; says what to lower.
         """
+        request = request.checked(self.needs, self.title)
         if selection is None:
             with seen_with(model, request.inputs):
                 selection = self.default_selection(model)
         self._check_model(model, selection)
-        request = request.checked(self.needs, self.title).to(device_of(model))
+        device = device_of(model)
         log = EditLog(progress)
-        with preserved_random_state(), torch.inference_mode(False), torch.enable_grad():
+        with preserved_random_state(), neutral_ambient(device), torch.enable_grad(), memory_reported(*self.room[::-1]):
             torch.manual_seed(self.seed)
+            request = request.to(device)
             copy = copy_of(model).eval().requires_grad_(False)
+            request = request.fitting(copy)
             tie(copy)  # what is one tensor trains as one
             doubt = doubts(model, copy, selection.sample((len(selection) + 1) // 2, seed=0), request.inputs[:2])
             returning_logits(copy, output_key, of_classes=True)
+            lifted = is_half(copy) and not self.exact_in_half
+            if lifted:
+                request = request.fitting(lift(copy))
             self._check_outputs(copy, request)
             if doubt is not None:
                 raise doubt
             found = self.find(copy, selection, request, log)
-        details = {**self.describe(), "log": log.summary(), **found.details}
-        chosen = selection if found.selection is None else found.selection
-        made = Edit(chosen, found.operation, 1.0, model_hash(model), self.title, details)
-        return replace(made.measured(model), alpha=found.alpha)
+            chosen = selection if found.selection is None else found.selection
+            made = Edit(chosen, found.operation, 1.0, model_hash(model), self.title).measured(model)
+            details = {**self.describe(), **found.details}
+            if lifted:
+                details["rounding"] = rounding(made, model)
+                log.why = "; ".join(filter(None, (log.why, words(details["rounding"]))))
+        return replace(made, details={**details, "log": log.summary()}, alpha=found.alpha)
+
+    @property
+    def room(self) -> tuple[str, int]:
+        """The setting that says how many examples run at a time ("": none does), and how many do."""
+        size = getattr(self, "batch_size", None)
+        return ("", BATCH) if size is None else ("batch_size", size)
 
     def _check_model(self, model: nn.Module, selection: Selection) -> None:
         if model.training:
@@ -153,34 +177,34 @@ class Editor(ABC):
         parameters = dict(model.named_parameters())
         for name, mask in covered(selection, model).items():
             weight = parameters[name].detach()
-            if weight.dtype not in (torch.float32, torch.float64):
+            if weight.dtype not in (torch.float32, torch.float64, *HALF):
                 raise EditError(
-                    f"{name!r} is {str(weight.dtype).removeprefix('torch.')}: steps of an edit are lost in its "
-                    "rounding. Edit model.float(), and convert what comes out."
+                    f"{name!r} is {str(weight.dtype).removeprefix('torch.')}, expected float32, float64, bfloat16 or "
+                    "float16. Edit the model it was made from, before it was quantised."
                 )
             if not torch.isfinite(weight[mask]).all():
                 raise EditError(f"{name!r} holds NaN or infinite weights where the selection covers it.")
 
     def _check_outputs(self, model: nn.Module, request: Request) -> None:
-        """Raises EditError unless the model returns finite logits for the inputs, with a class for each label."""
-        try:
-            with torch.no_grad():
-                logits = model(request.inputs)
-        except AblateError:  # what it returned holds no logits
-            raise
-        except Exception as error:
-            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-            raise EditError(f"The model fails on inputs of shape {tuple(request.inputs.shape)}: {reason}.") from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(request.inputs):
+        """Raises unless the model returns finite logits for the inputs, with a class for each label, one by one."""
+        with torch.no_grad():
+            for start in range(0, len(request.inputs), self.room[1]):
+                classes = self._classes(model, request.inputs[start : start + self.room[1]], start)
+            require_steady(model, request.inputs[:2])
+        if request.labels is not None and int(request.labels.max()) >= classes:
+            raise EditError(f"labels hold {int(request.labels.max())}, the model has classes 0 to {classes - 1}.")
+
+    def _classes(self, model: nn.Module, inputs: Tensor, start: int) -> int:
+        """Returns how many classes the logits for some inputs have, after checking them."""
+        logits = run(model, inputs)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             tokens = f" {TOKENS}" if isinstance(logits, Tensor) and logits.ndim == 3 else ""
             raise EditError(f"The model returns {found} for the inputs, expected logits {LOGITS}.{tokens}")
         if not torch.isfinite(logits).all():
-            bad = int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
+            bad = start + int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
             raise EditError(f"The model's logits for input {bad} hold NaN or infinite values.")
-        classes = logits.shape[1]
-        if request.labels is not None and int(request.labels.max()) >= classes:
-            raise EditError(f"labels hold {int(request.labels.max())}, the model has classes 0 to {classes - 1}.")
+        return logits.shape[1]
 
 
 def _plain(value: Any) -> Any:

@@ -174,10 +174,14 @@ def reject_duplicates(edited: Mapping[str, Examples], ordinary: Mapping[str, Exa
                 )
 
 
-def content_hashes(examples: Examples) -> list[str]:
-    """Returns the sha256 (hex) of each input's type, shape and bytes. Mutates nothing. Cost: one pass."""
+def content_hashes(examples: Examples, *, prepared: bool = False) -> list[str]:
+    """Returns the sha256 (hex) of each input's type, shape and bytes. Mutates nothing. Cost: one pass.
+
+    `prepared`: of inputs as a float32 model takes them: then pixels and the same image normalised are one.
+    """
     found = []
-    for _, inputs, _ in examples.chunks(256):
+    for _, batch, _ in examples.chunks(256):
+        inputs = examples.prepared(batch) if prepared else batch
         for value in inputs.detach().cpu().contiguous():
             head = f"{value.dtype}:{tuple(value.shape)};".encode()
             body = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -110,7 +110,7 @@ def capture(model: nn.Module, block: Block, inputs: Tensor, batch_size: int = 64
     found = []
     with torch.no_grad():
         for batch in torch.split(inputs, batch_size):
-            found.append(_captured(model, block, batch))
+            found.append(captured(model, block, batch))
             if len(found) == 1:
                 _check_again(model, block, found[0])
     return found
@@ -177,7 +177,8 @@ def _until(
     raise _never_called(model, block, 0)
 
 
-def _captured(model: nn.Module, block: Block, batch: Tensor) -> Captured:
+def captured(model: nn.Module, block: Block, batch: Tensor) -> Captured:
+    """Returns what `capture` does for one batch, without running the block again to check it."""
     starts: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     ends: list[Tensor] = []
 

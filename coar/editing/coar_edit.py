@@ -13,23 +13,34 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from torch import Tensor
 
-from ablate import ComponentIndex, Engine, Examples, Margin, Selection
+from ablate import ComponentIndex, Engine, Margin, Selection
 from ablate.outputs import predictions_correct
 from coar.attributions import OTHER_UNITS, Attributions
 from coar.editing.edit import Edit
+from coar.editing.given import ExamplesLike, as_examples, as_positions
 from coar.errors import EditError
 from coar.metrics import group_accuracy
 
 Direction = Literal["raise", "lower"]
+Statistic = Literal["t", "difference"]
 Floats = npt.NDArray[np.float64]
+Positions = Sequence[int] | npt.NDArray[np.integer[Any]] | Tensor
+
+NO_VARIANCE = (
+    "ranked by the difference of the mean attributions: the examples of a set do not vary, so there is no t. Give more "
+    "examples to rank by t"
+)
+ROUNDING = float(np.finfo(np.float32).eps)  # attributions are float32: what varies by less, relatively, does not vary
 
 
 def coar_scores(target: npt.ArrayLike, reference: npt.ArrayLike, ddof: int = 0) -> Floats:
-    """Returns per component the t-statistic of target against reference attributions. Mutates nothing.
+    """Returns per component the t-statistic of target against reference attributions. Mutates nothing; always finite.
 
-    `(mean_T - mean_R) / sqrt(var_T / n_T + var_R / n_R)`. 0 where numerator and denominator are both 0; infinite where
-    only the denominator is.
+    `(mean_T - mean_R) / sqrt(var_T / n_T + var_R / n_R)`. Where no component varies within a set (one example each, or
+    the same example again and again) there is no such statistic: then it is the difference `mean_T - mean_R`. Where
+    only some do not vary, their denominator is the rounding of float32 at the largest attribution.
 
     Args:
       target, reference: Attributions (examples, components), finite, at least one example each.
@@ -39,6 +50,11 @@ def coar_scores(target: npt.ArrayLike, reference: npt.ArrayLike, ddof: int = 0) 
     Raises:
       EditError: Another shape, values that are not finite, other components, or too few examples.
     """
+    return _scored(target, reference, ddof)[0]
+
+
+def _scored(target: npt.ArrayLike, reference: npt.ArrayLike, ddof: int) -> tuple[Floats, Statistic]:
+    """Returns what `coar_scores` does, and which of the two statistics it is."""
     if ddof not in (0, 1):
         raise EditError(f"ddof is {ddof}, expected 0 (variances divided by n) or 1 (by n - 1).")
     t, r = np.asarray(target, dtype=np.float64), np.asarray(reference, dtype=np.float64)
@@ -58,9 +74,10 @@ def coar_scores(target: npt.ArrayLike, reference: npt.ArrayLike, ddof: int = 0) 
         raise EditError(f"Target has {t.shape[1]} components, reference {r.shape[1]}: they belong to different models.")
     difference = t.mean(axis=0) - r.mean(axis=0)
     spread = np.sqrt(t.var(axis=0, ddof=ddof) / len(t) + r.var(axis=0, ddof=ddof) / len(r))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        score = difference / spread
-    return np.where((difference == 0) & (spread == 0), 0.0, score)
+    rounding = ROUNDING * max(np.abs(t).max(initial=0.0), np.abs(r).max(initial=0.0))
+    if (spread <= rounding).all():
+        return np.where(np.abs(difference) <= rounding, 0.0, difference), "difference"
+    return difference / np.maximum(spread, rounding), "t"
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,7 @@ class Ranking:
       base: Hash of the model's weights.
       target, reference: Positions of the examples that were compared.
       in_output_units: Whether the attributions are in units of the output: else no change of it is predicted.
+      statistic: What the scores are: `t`, or `difference` of the means where there is no variance to divide by.
     """
 
     index: ComponentIndex
@@ -88,6 +106,7 @@ class Ranking:
     target: tuple[int, ...]
     reference: tuple[int, ...]
     in_output_units: bool = True
+    statistic: Statistic = "t"
 
     def within(self, selection: Selection) -> Ranking:
         """Returns this ranking of some components only: the others are never ablated.
@@ -124,6 +143,7 @@ class Ranking:
             "k": k,
             "ids_in_order": list(self.ids[:k]),
             "scores": [float(score) for score in self.scores[:k]],
+            "statistic": self.statistic,
             "target": list(self.target),
             "reference": list(self.reference),
         }
@@ -137,8 +157,8 @@ class Ranking:
 
 def rank_components(
     attributions: Attributions,
-    target: Sequence[int],
-    reference: Sequence[int],
+    target: Positions,
+    reference: Positions,
     direction: Direction = "raise",
     ddof: int = 0,
 ) -> Ranking:
@@ -156,19 +176,9 @@ def rank_components(
     """
     if direction not in ("raise", "lower"):
         raise EditError(f"direction is {direction!r}, expected 'raise' or 'lower'.")
-    for name, positions in (("target", target), ("reference", reference)):
-        if not len(positions):
-            raise EditError(f"The {name} set is empty: give the positions of at least one example.")
-        if not all(isinstance(p, (int, np.integer)) and not isinstance(p, bool) for p in positions):
-            raise EditError(
-                f"The {name} set holds {positions[0]!r}, expected positions: integers. For a mask, pass "
-                "numpy.flatnonzero(mask); for ids, attributions.locate(ids)."
-            )
-        outside = [p for p in positions if not 0 <= p < len(attributions)]
-        if outside:
-            raise EditError(f"The {name} set has no example {outside[0]}: positions are 0 to {len(attributions) - 1}.")
-        if len(set(positions)) != len(positions):
-            raise EditError(f"The {name} set names an example twice.")
+    target, reference = (
+        as_positions(given, name, len(attributions)) for name, given in (("target", target), ("reference", reference))
+    )
     both = sorted(set(target) & set(reference))
     if both:
         raise EditError(f"Examples {both[:5]} are in target and reference: each example can be in one only.")
@@ -194,7 +204,8 @@ def predicted_change(details: Mapping[str, Any]) -> str:
     """Returns what an edit's attributions expect of it, as a sentence without a full stop; "" if they say nothing."""
     if "predicted_change_target" in details:
         target, reference = details["predicted_change_target"], details["predicted_change_reference"]
-        return f"Predicted change of the mean output: target {target:+.3f}, reference {reference:+.3f}"
+        how = "" if details.get("statistic", "t") == "t" else f". Components are {NO_VARIANCE}"
+        return f"Predicted change of the mean output: target {target:+.3f}, reference {reference:+.3f}{how}"
     if "weights" in details:
         return f"No change of the output is predicted: the attributions are {details['weights']}"
     return ""
@@ -220,9 +231,17 @@ def rank_weights(
       base: Hash of the model's weights.
       target, reference: Positions of the examples, to be noted.
       ddof: As for `coar_scores`.
+
+    Raises:
+      EditError: What `coar_scores` raises, or no component's mean differs.
     """
     t, r = np.asarray(target_weights, dtype=np.float64), np.asarray(reference_weights, dtype=np.float64)
-    scores = coar_scores(t, r, ddof)
+    scores, statistic = _scored(t, r, ddof)
+    if not scores.any():
+        raise EditError(
+            f"Target and reference have the same mean attribution in all {len(scores):,} components: nothing tells "
+            "them apart. Give other examples, or attributions of more passes or rows."
+        )
     order = np.argsort(scores if direction == "raise" else -scores, kind="stable")
     return Ranking(
         index=index,
@@ -234,13 +253,14 @@ def rank_weights(
         base=base,
         target=tuple(int(p) for p in target),
         reference=tuple(int(p) for p in reference),
+        statistic=statistic,
     )
 
 
 def coar_edit(
     attributions: Attributions,
-    target: Sequence[int],
-    reference: Sequence[int],
+    target: Positions,
+    reference: Positions,
     k: int = 20,
     direction: Direction = "raise",
 ) -> Edit:
@@ -256,12 +276,12 @@ def coar_edit(
       direction: `raise` or `lower` the target's output.
 
     Raises:
-      EditError: k out of range, an empty set, an example in both sets.
+      EditError: k out of range, an empty set, an example in both sets, or equal attributions in all components.
     """
     return rank_components(attributions, target, reference, direction).edit(k)
 
 
-def sweep_edit_size(ranking: Ranking, engine: Engine, examples: Examples, sizes: Sequence[int]) -> pd.DataFrame:
+def sweep_edit_size(ranking: Ranking, engine: Engine, examples: ExamplesLike, sizes: Sequence[int]) -> pd.DataFrame:
     """Returns group accuracies on `examples` when the first k components are ablated, for each k. Mutates nothing.
 
     k = 0 is the unedited model. Choose k here, on examples that are used for nothing else.
@@ -277,6 +297,7 @@ def sweep_edit_size(ranking: Ranking, engine: Engine, examples: Examples, sizes:
 
     Cost: one forward pass over the examples per k.
     """
+    examples = as_examples(examples, "examples")
     if engine.index != ranking.index:
         raise EditError(f"The engine has index {engine.index.hash[:12]}, the ranking {ranking.index.hash[:12]}.")
     if not isinstance(engine.output, Margin):

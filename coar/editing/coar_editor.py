@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from ablate import ComponentIndex, Engine, Examples, Selection, model_hash
 from coar.attributions import Attributions, open_attributions
 from coar.editing.abstract import Editor, Found
-from coar.editing.coar_edit import Direction, Ranking, rank_components, rank_weights
+from coar.editing.benchmark_sets import content_hashes
+from coar.editing.coar_edit import NO_VARIANCE, Direction, Ranking, rank_components, rank_weights
 from coar.editing.edit_sizes import CRITERIA, Criterion, SizeChoice, SizeRule, choose_size, size_for_target
+from coar.editing.given import as_positions
 from coar.editing.log import EditLog
 from coar.editing.operations import Ablate
 from coar.editing.request import Request
-from coar.editing.settings import wrong_types
+from coar.editing.running import BATCH
 from coar.errors import EditError, EditMismatchError
 from coar.estimators.estimate import estimate
 from coar.metrics.admission import CAP
@@ -52,6 +54,7 @@ class COAREditor(Editor):
       passes: Of the estimate, per example.
       ablate_fraction: What the estimate is about: the share of components that is off.
       ddof: Variances are divided by n - ddof: 0 as published, 1 as in Welch's test.
+      batch_size: Examples per forward; another value changes rounding only.
 
     Cost: the estimate, `passes` forward and backward passes per example; then a forward pass over the validation
       examples per size. With attributions and k: forward passes over inputs and reference only. Two copies of the model
@@ -63,6 +66,7 @@ class COAREditor(Editor):
     title: ClassVar[str] = "COAR-Edit"
     source: ClassVar[str] = "Shah et al., Decomposing and editing predictions (arXiv 2404.11534), Section 5"
     needs: ClassVar[tuple[str, ...]] = ("labels", "reference")
+    exact_in_half: ClassVar[bool] = True
     quick: ClassVar[Mapping[str, Any]] = {"k": 2, "passes": 4, "reference_size": 8}
 
     k: int | None = None
@@ -80,11 +84,13 @@ class COAREditor(Editor):
     passes: int = 100
     ablate_fraction: float = 0.05
     ddof: Literal[0, 1] = 0
+    batch_size: int = BATCH
 
     def __post_init__(self) -> None:
-        problems = wrong_types(self) or self._problems()
-        if problems:
-            raise EditError(f"These settings cannot work: {'; '.join(problems)}.")
+        for name in ("target", "reference"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_positions(getattr(self, name), name))
+        super().__post_init__()
 
     def _problems(self) -> list[str]:
         problems = []
@@ -97,7 +103,7 @@ class COAREditor(Editor):
             if getattr(self, name) not in known:
                 expected = " or ".join(map(repr, known))
                 problems.append(f"{name} is {getattr(self, name)!r}, expected {expected}")
-        least = {"most": 1, "every": 1, "patience": 1, "reference_size": 1, "passes": 2}
+        least = {"most": 1, "every": 1, "patience": 1, "reference_size": 1, "passes": 2, "batch_size": 1}
         if self.k is not None:
             least["k"] = 1
         problems += [
@@ -141,7 +147,8 @@ class COAREditor(Editor):
         if request.labels is None or request.reference is None:
             raise EditError(f"{self.title} needs labels and a reference in the request.")
         target = Examples(request.inputs.cpu(), request.labels.cpu())
-        engine = Engine(model, selection.index, precision=_precision(model))
+        refuse_overlap(target, request.reference)
+        engine = Engine(model, selection.index, precision=_precision(model), batch_size=self.batch_size)
         ranking, quality = self._ranking(model, selection, target, request.reference, log)
         choice = self._size(ranking, engine, target, request, log)
         details: dict[str, Any] = {"attributions": quality}
@@ -156,7 +163,8 @@ class COAREditor(Editor):
             already = "the targets are as they should be" if self.choose == "target" else "no size tried is better"
             log.stop("noop", f"No component is ablated: {already}.")
             return Found(Ablate(), selection.index.select(ranking.ids[:1]), {"k": 0, **details}, alpha=0.0)
-        log.stop("converged" if choice is not None else "max_steps", f"{k} components are ablated")
+        how = "" if ranking.statistic == "t" else f"; {NO_VARIANCE}"
+        log.stop("converged" if choice is not None else "max_steps", f"{k} components are ablated{how}")
         edit = ranking.edit(k)
         measured = _measured(ranking, engine, {"target": target, "reference": request.reference}, k)
         return Found(edit.operation, edit.selection, {**edit.details, "measured": measured, **details})
@@ -208,6 +216,7 @@ class COAREditor(Editor):
             ablate_fraction=self.ablate_fraction,
             seed=self.seed,
             precision=_precision(model),
+            batch_size=self.batch_size,
             progress=log.shows_progress,
         )
         weights: npt.NDArray[np.float32] = found.weights[:]
@@ -223,6 +232,19 @@ class COAREditor(Editor):
         )
         quality = {"from": f"{self.passes} passes per example", "held_out_correlation": found.quality_text()}
         return ranking.within(selection), quality
+
+
+def refuse_overlap(target: Examples, reference: Examples) -> None:
+    """Raises EditError if an input is among the targets and in the reference, bit by bit. Cost: a pass over both."""
+    found = {key: position for position, key in enumerate(content_hashes(target, prepared=True))}
+    hashes = zip(content_hashes(reference, prepared=True), reference.ids, strict=True)
+    both = [(found[key], name) for key, name in hashes if key in found]
+    if both:
+        position, name = both[0]
+        raise EditError(
+            f"{len(both)} of the {len(reference):,} reference examples are inputs to be changed, too: reference "
+            f"{name!r} is input {position}. What should change and what should stay must differ: leave them out of one."
+        )
 
 
 def _opened(attributions: str | Attributions) -> Attributions:

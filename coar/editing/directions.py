@@ -13,6 +13,7 @@ from coar.errors import EditError
 
 DIRECTIONS = ("whitened", "raw_eig")
 ORTHONORMAL = 1e-5  # how far D Dᵀ may be from the identity
+HELD = 2**24  # numbers of keys that are kept
 DEPENDENT = 1e-6  # singular values below this part of the largest are rounding
 
 
@@ -42,29 +43,71 @@ def key_directions(
     Raises:
       EditError: Fewer independent keys of the concept than directions, or a key that is not finite.
     """
-    used = weights > 0
-    keys, weights = keys[used].double().cpu(), weights[used].double().cpu()
-    if not len(keys):
-        raise EditError(
-            "The masks are zero at every position of this layer: there is no key to take a direction from. Give masks "
-            "of a larger region, or select an earlier layer, which has more positions."
-        )
-    if not torch.isfinite(keys).all():
-        raise EditError("The layer reads NaN or infinite values for the inputs.")
-    transform, floored = moment.power(-0.5 if how == "whitened" else -1.0, floor)
-    rows = weights[:, None] * (keys @ transform if how == "whitened" else keys)
-    _, sizes, vectors = torch.linalg.svd(rows, full_matrices=False)
-    independent = int((sizes > DEPENDENT * sizes[0]).sum()) if sizes[0] > 0 else 0
-    if rank > independent:
-        raise EditError(
-            f"rank is {rank}, but the concept has {len(keys)} keys, of which {independent} are independent: expected a "
-            f"rank of 1 to {independent}."
-            if independent
-            else f"All {len(keys)} keys of the concept are zero: the layer does not see it. Select another layer."
-        )
-    directions = torch.linalg.qr((vectors[:rank] @ transform).T)[0].T
-    signs = torch.where(directions @ rows.sum(0) < 0, -1.0, 1.0)
-    return directions * signs[:, None], floored
+    rows = ConceptKeys()
+    rows.add(keys, weights)
+    return rows.directions(moment, rank, how, floor)
+
+
+class ConceptKeys:
+    """Keys of a concept with their weights, from which directions are taken; given batch by batch.
+
+    Memory: of the keys while they are few; beyond `HELD` numbers they are replaced by a square matrix with the same
+    right singular vectors, (channels, channels), which changes directions by rounding only.
+    """
+
+    def __init__(self, held: int = HELD) -> None:
+        self._held = held
+        self._keys: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._sum: Tensor | None = None  # of weighted keys, once they are replaced
+        self.count = 0
+
+    def add(self, keys: Tensor, weights: Tensor) -> None:
+        """Takes keys (positions, channels) and weights (positions,); see `key_directions`."""
+        used = weights > 0
+        keys, weights = keys[used].double().cpu(), weights[used].double().cpu()
+        if not torch.isfinite(keys).all():
+            raise EditError("The layer reads NaN or infinite values for the inputs.")
+        self.count += len(keys)
+        self._keys.append(keys)
+        self._weights.append(weights)
+        if sum(part.numel() for part in self._keys) > self._held:
+            self._replace()
+
+    def directions(
+        self, moment: SecondMoment, rank: int, how: Literal["whitened", "raw_eig"], floor: float
+    ) -> tuple[Tensor, int]:
+        """Returns what `key_directions` does."""
+        if not self.count:
+            raise EditError(
+                "The masks are zero at every position of this layer: there is no key to take a direction from. Give "
+                "masks of a larger region, or select an earlier layer, which has more positions."
+            )
+        keys, weights = torch.cat(self._keys), torch.cat(self._weights)
+        transform, floored = moment.power(-0.5 if how == "whitened" else -1.0, floor)
+        whiten = transform if how == "whitened" else torch.eye(len(transform), dtype=transform.dtype)
+        rows = weights[:, None] * (keys @ transform if how == "whitened" else keys)
+        total = rows.sum(0) if self._sum is None else self._sum @ whiten
+        _, sizes, vectors = torch.linalg.svd(rows, full_matrices=False)
+        independent = int((sizes > DEPENDENT * sizes[0]).sum()) if sizes[0] > 0 else 0
+        if rank > independent:
+            raise EditError(
+                f"rank is {rank}, but the concept has {self.count} keys, of which {independent} are independent: "
+                f"expected a rank of 1 to {independent}."
+                if independent
+                else f"All {self.count} keys of the concept are zero: the layer does not see it. Select another layer."
+            )
+        directions = torch.linalg.qr((vectors[:rank] @ transform).T)[0].T
+        signs = torch.where(directions @ total < 0, -1.0, 1.0)
+        return directions * signs[:, None], floored
+
+    def _replace(self) -> None:
+        """Puts a square matrix in the place of the keys: R of their QR decomposition, weights included."""
+        weighted = torch.cat([w[:, None] * k for w, k in zip(self._weights, self._keys, strict=True)])
+        seen = weighted if self._sum is None else weighted[len(self._keys[0]) :]  # the first are replaced ones
+        self._sum = seen.sum(0) + (0 if self._sum is None else self._sum)
+        square = torch.linalg.qr(weighted, mode="r").R
+        self._keys, self._weights = [square], [torch.ones(len(square), dtype=square.dtype)]
 
 
 def along(change: Tensor, directions: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ablate import Examples
 from coar.editing.evaluate import predictions
 from coar.editing.log import EditLog
+from coar.editing.running import BATCH
 from coar.editing.scopes import Scope
 from coar.metrics import StopRule, accuracy
 
@@ -27,10 +28,20 @@ class BestWeights:
       examples: Validation examples of the edit.
       patience: Stop after so many scores in a row that are not above the best.
       every: Steps from one score to the next.
+      batch_size: Examples per forward pass.
     """
 
-    def __init__(self, model: nn.Module, scope: Scope, examples: Examples, patience: int, every: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        scope: Scope,
+        examples: Examples,
+        patience: int,
+        every: int = 1,
+        batch_size: int = BATCH,
+    ) -> None:
         self._model, self._scope, self._examples, self._every = model, scope, examples, every
+        self._batch_size = batch_size
         self._rule = StopRule(patience=patience)
         self._step = 0
         self._best: dict[str, Tensor] = {}
@@ -43,7 +54,8 @@ class BestWeights:
         step, self._step = self._step, self._step + 1
         if step % self._every:
             return False
-        score = accuracy(predictions(self._model, self._examples), self._examples.targets).value
+        found = predictions(self._model, self._examples, batch_size=self._batch_size, check=False)
+        score = accuracy(found, self._examples.targets).value
         stop = self._rule.see(score)
         if self._rule.best_index == self._rule.seen - 1:
             self._best = self._scope.values(self._model)

@@ -20,16 +20,20 @@ from ablate import Examples, model_hash, preserved_random_state
 from ablate.copying import device_of
 from ablate.logits import OutputKey, class_logits, logits_of
 from ablate.progress import progress_bar
+from ablate.state import neutral_ambient
+from ablate.steady import require_steady
 from coar.editing.abstract import Editor
 from coar.editing.benchmark_sets import reject_duplicates
 from coar.editing.edit import Edit
 from coar.editing.edit_predictions import LOCALITY, EditPredictions, KeptPredictions, compact
+from coar.editing.given import ExamplesLike, as_examples, named_sets
+from coar.editing.half import dtype_of
 from coar.editing.request import TOKENS, Request
+from coar.editing.running import BATCH as BATCH
+from coar.editing.running import memory_reported, run
 from coar.errors import EditError
 from coar.metrics.accuracy import Accuracy
 from coar.metrics.corrected import Outcomes, outcomes
-
-BATCH = 64
 
 Integers = npt.NDArray[np.integer[Any]]
 
@@ -46,22 +50,32 @@ OnEdit = Callable[[str, str, Any], None]
 
 
 def predictions(
-    model: nn.Module, examples: Examples, *, batch_size: int = BATCH, output_key: OutputKey = None
+    model: nn.Module,
+    examples: ExamplesLike,
+    *,
+    batch_size: int = BATCH,
+    output_key: OutputKey = None,
+    check: bool = True,
 ) -> npt.NDArray[np.int64]:
     """Returns the predicted class of each example, (examples,); of classes with equal logits the first.
 
-    The model and the global random state are unchanged.
+    The model and the global random state are unchanged. What stands around the call (autocast, TF32) changes nothing.
 
     Args:
       model: In eval mode, all of it; returns logits (examples, classes).
-      examples: With one label each.
+      examples: With one label each: Examples, (inputs, targets) or a data set.
       batch_size: Examples per forward pass. Another one may change logits by rounding.
       output_key: Where in what the model returns the logits are, as for `ablate.Engine`.
+      check: Whether to check, on two of the examples, that the model is deterministic and each example's logits are its
+        own, as the engine does. False: it was checked before.
 
     Raises:
       EditError: Training mode, inputs the model fails on, another shape of outputs, NaN or +inf among the logits, or
         labels beyond the classes.
+      GatingError: The model is random in eval mode, or mixes the examples of a batch.
+      OutOfMemoryError: Memory did not suffice; says what to lower.
     """
+    examples = as_examples(examples, "examples")
     _require_eval(model)
     if examples.per_token:
         raise EditError(f"These examples have a target per token, and predictions are one class per example. {TOKENS}")
@@ -70,12 +84,15 @@ def predictions(
     if batch_size < 1:
         raise EditError(f"batch_size is {batch_size}, expected at least 1.")
     device = device_of(model)
-    dtype = _dtype(model)
+    dtype = dtype_of(model)
     found = np.empty(len(examples), dtype=np.int64)
-    with preserved_random_state(), torch.no_grad():
+    with preserved_random_state(), neutral_ambient(device), torch.no_grad(), memory_reported(batch_size):
         for start, inputs, targets in examples.chunks(batch_size):
-            logits = logits_of(_run(model, examples.prepared(inputs.to(device), dtype)), output_key)
+            prepared = examples.prepared(inputs.to(device), dtype)
+            logits = logits_of(run(model, prepared), output_key)
             found[start : start + len(targets)] = _classes(logits, examples, start, targets)
+            if check and not start:
+                require_steady(model, prepared[:2], output_key)
     return found
 
 
@@ -87,19 +104,6 @@ def _require_eval(model: nn.Module) -> None:
             f"{where} is in training mode: dropout and batch norm would make predictions depend on chance. Call "
             "model.eval() first."
         )
-
-
-def _run(model: nn.Module, inputs: Tensor) -> Any:
-    try:
-        return model(inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model raises on inputs it does not take
-        kind, reason = str(inputs.dtype).removeprefix("torch."), str(error).partition("\n")[0].rstrip(".")
-        raise EditError(
-            f"The model fails on inputs of shape {tuple(inputs.shape)} and type {kind}: {type(error).__name__}: "
-            f"{reason}. Give inputs as the model takes them."
-        ) from error
 
 
 def _classes(logits: Tensor, examples: Examples, start: int, targets: Tensor) -> npt.NDArray[np.int64]:
@@ -200,7 +204,7 @@ class EditReport:
 def evaluate_edit(
     model: nn.Module,
     edit: Applicable,
-    sets: Mapping[str, Examples],
+    sets: Mapping[str, ExamplesLike],
     *,
     batch_size: int = BATCH,
     output_key: OutputKey = None,
@@ -212,7 +216,7 @@ def evaluate_edit(
     Args:
       model: The unedited model, in eval mode.
       edit: What is judged.
-      sets: Examples by name, e.g. target, other classes, ordinary ones.
+      sets: Examples, (inputs, targets) or data sets by name, e.g. target, other classes, ordinary ones.
       batch_size: Examples per forward pass.
       output_key: Where in what the model returns the logits are, as for `ablate.Engine`.
       base: Predictions of the unedited model by set, where they are known (of an earlier report: `EditReport.base`).
@@ -223,12 +227,15 @@ def evaluate_edit(
     Raises:
       EditError: No sets, or what `predictions` raises.
     """
+    sets = named_sets(sets, "sets")
     if not sets:
         raise EditError("There are no sets to judge the edit on. Give at least one, by name.")
-    run = _Predicting(batch_size, output_key)
-    before = _base(model, sets, run, base)
+    predict = _Predicting(batch_size, output_key)
+    if not set(sets) <= set(base or {}):  # what is known was predicted by a model that was checked
+        predict.check(model, next(iter(sets.values())))
+    before = _base(model, sets, predict, base)
     with _applied(edit, model, any_weights) as edited:
-        after = {name: run(edited, examples) for name, examples in sets.items()}
+        after = {name: predict(edited, examples) for name, examples in sets.items()}
     return EditReport(repr(edit), {name: _report(sets[name], before[name], after[name]) for name in sets})
 
 
@@ -245,11 +252,16 @@ class _Predicting:
     output_key: OutputKey
 
     def __call__(self, model: nn.Module, examples: Examples) -> Integers:
-        return predictions(model, examples, batch_size=self.batch_size, output_key=self.output_key)
+        return predictions(model, examples, batch_size=self.batch_size, output_key=self.output_key, check=False)
+
+    def check(self, model: nn.Module, examples: Examples) -> None:
+        """Checks a model once, on two examples, before it predicts many sets with and without edits."""
+        two = examples.take(range(min(2, len(examples))))
+        predictions(model, two, batch_size=self.batch_size, output_key=self.output_key)
 
 
 def _base(
-    model: nn.Module, sets: Mapping[str, Examples], run: _Predicting, known: Mapping[str, Integers] | None
+    model: nn.Module, sets: Mapping[str, Examples], predict: _Predicting, known: Mapping[str, Integers] | None
 ) -> dict[str, Integers]:
     """Returns the unedited model's predictions per set, computed where they are not known."""
     found: dict[str, Integers] = {}
@@ -257,7 +269,7 @@ def _base(
         given = None if known is None else known.get(name)
         if given is not None and len(given) != len(examples):
             raise EditError(f"base has {len(given)} predictions for set {name!r}, which has {len(examples)} examples.")
-        found[name] = run(model, examples) if given is None else given
+        found[name] = predict(model, examples) if given is None else given
     return found
 
 
@@ -278,10 +290,10 @@ def _report(examples: Examples, before: Integers, after: Integers) -> SetReport:
 def evaluate_single_edits(
     model: nn.Module,
     editor: Editor | EditFunction,
-    groups: Mapping[str, Examples],
-    locality: Examples | None = None,
+    groups: Mapping[str, ExamplesLike],
+    locality: ExamplesLike | None = None,
     *,
-    more: Mapping[str, Examples] | None = None,
+    more: Mapping[str, ExamplesLike] | None = None,
     method: str | None = None,
     details: Mapping[str, Any] | None = None,
     batch_size: int = BATCH,
@@ -316,13 +328,15 @@ def evaluate_single_edits(
       EditError: No groups, one input in a group twice or in a group and among ordinary ones, an editor that changes the
         model, or what `predictions` and the method raise, with the example named in a note.
     """
+    groups = named_sets(groups, "groups")
     sets = _all_sets(groups, locality, more)
     name = getattr(editor, "__name__", type(editor).__name__)
     if isinstance(editor, Editor):
         name, details = editor.title, editor.describe() if details is None else details
     base_hash = model_hash(model)
-    run = _Predicting(batch_size, output_key)
-    base = _base(model, groups, run, None), _base(model, sets, run, None)
+    predict = _Predicting(batch_size, output_key)
+    predict.check(model, next(iter(groups.values())))
+    base = _base(model, groups, predict, None), _base(model, sets, predict, None)
     found: dict[str, list[Integers]] = {group: [] for group in groups}
     beside: dict[str, list[Integers]] = {key: [] for key in sets}
     make = _as_function(editor, output_key)
@@ -334,7 +348,7 @@ def evaluate_single_edits(
                 try:
                     edit = make(model, *_one(model, examples, i))
                     _require_unchanged(model, base_hash)
-                    _predict_edited(model, edit, judged, run, any_weights)
+                    _predict_edited(model, edit, judged, predict, any_weights)
                 except Exception as error:
                     error.add_note(f"This was the edit for example {example!r} of group {group!r}.")
                     raise
@@ -355,26 +369,26 @@ def _predict_edited(
     model: nn.Module,
     edit: Applicable,
     judged: list[tuple[Examples, list[Integers]]],
-    run: _Predicting,
+    predict: _Predicting,
     any_weights: bool,
 ) -> None:
     """Appends to each list what the edited model predicts for the examples beside it."""
     with _applied(edit, model, any_weights) as edited:
         for examples, rows in judged:
-            rows.append(compact(run(edited, examples)))
+            rows.append(compact(predict(edited, examples)))
 
 
 def _all_sets(
-    groups: Mapping[str, Examples], locality: Examples | None, more: Mapping[str, Examples] | None
+    groups: Mapping[str, Examples], locality: ExamplesLike | None, more: Mapping[str, ExamplesLike] | None
 ) -> dict[str, Examples]:
     """Returns the sets that every edit predicts, after checking that nothing in them is also edited."""
     if not groups:
         raise EditError("There are no groups: nothing to edit. Give at least one group of examples.")
     if more is not None and LOCALITY in more:
         raise EditError(f"A set in `more` is called {LOCALITY!r}. Give it as locality=, or another name.")
-    sets = {} if locality is None else {LOCALITY: locality}
+    sets = {} if locality is None else {LOCALITY: as_examples(locality, "locality")}
     reject_duplicates(groups, sets)
-    return {**sets, **(more or {})}
+    return {**sets, **named_sets(more or {}, "more")}
 
 
 def _as_function(editor: Editor | EditFunction, output_key: OutputKey) -> EditFunction:
@@ -391,13 +405,8 @@ def _as_function(editor: Editor | EditFunction, output_key: OutputKey) -> EditFu
 def _one(model: nn.Module, examples: Examples, i: int) -> tuple[Tensor, Tensor]:
     """Returns one example as an editor takes it, (1, ...) and (1,), on the model's device."""
     device = device_of(model)
-    inputs = examples.prepared(examples.inputs(i, i + 1).to(device), _dtype(model))
+    inputs = examples.prepared(examples.inputs(i, i + 1).to(device), dtype_of(model))
     return inputs, examples.targets[i : i + 1].to(device)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """Returns what floating inputs are cast to: the type of the model's weights."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _require_unchanged(model: nn.Module, expected: str) -> None:

@@ -20,10 +20,11 @@ from ablate import Selection
 from coar.editing import scopes
 from coar.editing.abstract import Editor, Found
 from coar.editing.early_stopping import BestWeights
-from coar.editing.labels import LabelLoss
+from coar.editing.labels import LabelLoss, contradiction
 from coar.editing.log import EditLog
 from coar.editing.places import last_feed_forward_blocks, last_layer
 from coar.editing.request import Request
+from coar.editing.running import BATCH
 from coar.editing.schedules import warm_up_cosine
 from coar.editing.training import Descent, descend, descent_problems
 from coar.errors import EditError
@@ -46,8 +47,12 @@ class FineTuning(Editor):
     The model stays in eval mode: batch norm statistics never change, dropout is off. Inputs whose labels are predicted
     already need no edit: it returns one without change, and the log says `noop`.
 
-    Cost: a forward and a backward pass over the inputs per step. Memory: beside the model three times the trained
-    weights (gradient, optimizer state, copy), and the activations of one batch.
+    Cost: a forward and a backward pass over the inputs of a step; with `stop_loss` also a forward pass over all inputs,
+    unless they are in one step and at most `at_once`. Memory: beside the model three times the trained weights
+    (gradient, optimizer state, copy), and the activations of `at_once` inputs, or of one batch if it is smaller.
+
+    Parameters that get no gradient, e.g. of a backbone that the model runs under torch.no_grad(), keep their bits; the
+    log names them.
 
     Decisions where papers and code differ: every step is RMSprop's; Yang's code takes a plain gradient step first,
     with `first_step="sgd"`. Steps and rate of `santurkar` come from its grid. `brown` leaves the batch open: all inputs
@@ -79,6 +84,7 @@ class FineTuning(Editor):
       one_label: Refuse labels that are not all the same.
       early_stopping: Stop and keep weights by accuracy on the request's first validation set: needs `validation`.
       patience: For it: so many epochs without a better score.
+      at_once: Inputs run at a time, however many a step or a check needs: changes rounding only.
     """
 
     name: ClassVar[str] = "finetune"
@@ -106,13 +112,21 @@ class FineTuning(Editor):
     one_label: bool = False
     early_stopping: bool = False
     patience: int = 50
+    at_once: int = BATCH
+
+    @property
+    def room(self) -> tuple[str, int]:
+        """The setting that says how many examples run at a time, and how many do."""
+        if self.batch_size is not None and self.batch_size < self.at_once:
+            return "batch_size", self.batch_size
+        return "at_once", self.at_once
 
     def _problems(self) -> list[str]:
         problems = descent_problems(self)
         for name, choices in (("scope", SCOPES), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 problems.append(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
-        for name in ("epochs", "batch_size", "patience"):
+        for name in ("epochs", "batch_size", "patience", "at_once"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} is {value}, expected at least 1")
@@ -179,7 +193,8 @@ class FineTuning(Editor):
         labels = self._labels(request)
         scope = self._scope(model, selection, request, log)
         before = scope.values(model)
-        objective = LabelLoss(model, request.inputs, labels, self.stop_loss, self.batch_size, self.seed)
+        at_once = self.room[1]
+        objective = LabelLoss(model, request.inputs, labels, self.stop_loss, self.batch_size, self.seed, at_once)
         plan = self._plan(objective.batches, log)
         best = self._best_weights(model, scope, request, objective.batches)
 
@@ -188,6 +203,8 @@ class FineTuning(Editor):
             return (best is not None and best.done()) or reached
 
         descend(model, scope.trained, objective.loss, plan, log, done)
+        if log.reason == "max_steps":
+            log.why = "; ".join(filter(None, (objective.reached, contradiction(request.inputs, labels))))
         if best is not None:
             best.finish(log)
         _note_changes(model, scope, before, log)
@@ -212,6 +229,11 @@ class FineTuning(Editor):
             return scopes.from_layer_on(selection, model, request.inputs)
         if self.scope == "encoder":
             scope, log.entries["head"] = scopes.all_but_head(selection, model, request.inputs)
+            if not scope.trained:
+                raise EditError(
+                    f"{self.title} trains every layer but the one that gives the logits, {log.entries['head']!r}, and "
+                    f"this {type(model).__name__} has no other. Give a selection to train that one, or use finetune."
+                )
             return scope
         return scopes.selected(selection, model)
 
@@ -247,7 +269,7 @@ class FineTuning(Editor):
                 "early_stopping needs validation, a pair of ablate.Examples, (to be changed, ordinary), in the "
                 "request. Give it, or pass early_stopping=False."
             )
-        return BestWeights(model, scope, request.validation[0], self.patience, every)
+        return BestWeights(model, scope, request.validation[0], self.patience, every, self.room[1])
 
 
 def _note_changes(model: nn.Module, scope: scopes.Scope, before: Mapping[str, Tensor], log: EditLog) -> None:

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from ablate import Examples, Selection
+from ablate import Selection
 from ablate.logits import OutputKey
 from coar.editing.abstract import Found
 from coar.editing.edit import Edit
 from coar.editing.evaluate import BATCH, predictions
 from coar.editing.finetune import FineTuning, ScopeName
+from coar.editing.given import ExamplesLike, named_sets
 from coar.editing.log import EditLog
 from coar.editing.places import last_layer
 from coar.editing.request import Request
@@ -33,7 +34,7 @@ RULES = ("mean", "cap", "none")
 def interpolation_curve(
     model: nn.Module,
     edit: Edit,
-    sets: Mapping[str, Examples],
+    sets: Mapping[str, ExamplesLike],
     alphas: Sequence[float] = ALPHAS,
     *,
     extrapolate: bool = False,
@@ -60,14 +61,16 @@ def interpolation_curve(
     Raises:
       MetricError: alphas that do not rise from 0, or no set `original` or `edited`.
       EditMismatchError: The edit was made for another model.
+      EditError: A set that is no examples, or what `predictions` raises.
     """
+    sets = named_sets(sets, "sets")
     blank = {name: [Accuracy(0, len(examples))] * len(alphas) for name, examples in sets.items()}
     InterpolationCurve.of(alphas, blank)  # names what is wrong before any work
     columns: dict[str, list[Accuracy]] = {name: [] for name in sets}
-    for part in [edit.at(float(alpha), extrapolate=extrapolate) for alpha in alphas]:
+    for i, part in enumerate([edit.at(float(alpha), extrapolate=extrapolate) for alpha in alphas]):
         with part.applied(model, any_weights=any_weights) as edited:
             for name, examples in sets.items():
-                found = predictions(edited, examples, batch_size=batch_size)
+                found = predictions(edited, examples, batch_size=batch_size, check=not i)
                 columns[name].append(accuracy(found, examples.targets))
     return InterpolationCurve.of(alphas, columns)
 
@@ -145,7 +148,8 @@ class InterpolatedFineTuning(FineTuning):
         scope.put(model, before)  # the path starts at the original model
         changed, ordinary = request.validation
         sets = {"original": ordinary, "edited": changed}
-        curve = interpolation_curve(model, Edit(scope.selection, operation), sets, self.alphas)
+        whole = Edit(scope.selection, operation)
+        curve = interpolation_curve(model, whole, sets, self.alphas, batch_size=self.room[1])
         choice = curve.choose(self.rule, self.cap)
         details = {
             "alpha": {"chosen": choice.alpha, "rule": choice.rule, "protocol": choice.protocol},

@@ -14,6 +14,10 @@ REASONS = ("converged", "max_steps", "noop", "failed")
 MOST_LOSSES = 1000  # that a file keeps
 
 
+class DivergedError(EditError):
+    """A loss that is no number any more."""
+
+
 class EditLog:
     """Losses, the reason for stopping and whatever else a method wants to be known. Ends in the edit's details."""
 
@@ -29,14 +33,23 @@ class EditLog:
         """Whether progress was asked for."""
         return self._progress
 
+    def part(self) -> EditLog:
+        """Returns an empty log for one of several tries, which shows progress as this one does."""
+        return EditLog(self._progress)
+
+    def take(self, other: EditLog) -> None:
+        """Tells what another log does from now on, instead of what this one has of losses and stopping."""
+        self.losses, self.reason, self.why = other.losses, other.reason, other.why
+        self.entries |= other.entries
+
     def step(self, loss: float) -> None:
         """Notes the loss that an update was made from.
 
         Raises:
-          EditError: It is not finite.
+          DivergedError: It is not finite.
         """
         if not math.isfinite(loss):
-            raise EditError(
+            raise DivergedError(
                 f"The loss at step {len(self.losses)} is {loss}: the training diverged. Lower the rate, or look for "
                 "inputs that the model does not take."
             )

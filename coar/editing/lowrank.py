@@ -7,7 +7,7 @@ labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -17,12 +17,13 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from ablate import Selection
 from coar.editing.abstract import Editor, Found
-from coar.editing.log import EditLog
-from coar.editing.one_block import Pairs, Place, Taps, place_of
+from coar.editing.log import DivergedError, EditLog
+from coar.editing.one_block import Place, Taps, place_of
 from coar.editing.operations import Factors, LowRank
+from coar.editing.pairs import Pairs
 from coar.editing.plain_descent import plain_descent, plain_problems
 from coar.editing.request import Request
-from coar.editing.training import descend
+from coar.editing.training import Loss, descend, value_of
 from coar.errors import EditError
 
 
@@ -30,8 +31,11 @@ from coar.errors import EditError
 class DirectLowRank(Editor):
     """Direct low-rank editing: needs pairs, no labels, no ordinary examples.
 
-    Cost: `restarts * steps` runs of one block, forward and backward, on all pairs. Memory: the block's inputs and
-    values for all pairs, and its activations for a step.
+    The log tells the start that was kept (`kept_start`, from 0), and the final loss of each.
+
+    Cost: `restarts * steps` runs of one block, forward and backward, on all pairs. Memory: the block's
+    inputs and values for all pairs up to 256 MiB (beyond, they are computed anew in each step, by a second copy of the
+    model), and its activations for one batch.
 
     Attributes:
       rate: Learning rate of the descent on U and V.
@@ -90,11 +94,10 @@ class DirectLowRank(Editor):
         pairs = Pairs(model, place.block, request.inputs, originals, self.batch_size)
         frozen = self.target == "original"
 
-        def loss() -> Tensor:
-            return mean_square(pairs.values(frozen))
+        def loss() -> Iterator[Tensor]:
+            return mean_square(pairs.values(frozen), pairs.examples)
 
-        with torch.no_grad():
-            first = float(loss())
+        first = value_of(loss)
         product = _Product(place, self.rank, self.normalize)
         register_parametrization(place.module, "weight", product)
         if first == 0:
@@ -111,28 +114,28 @@ class DirectLowRank(Editor):
         factors = Factors(left[:, None].cpu().contiguous(), right.cpu().contiguous(), place.middle)
         return Found(LowRank({place.parameter: factors}))
 
-    def _best_start(
-        self, model: nn.Module, place: Place, product: _Product, loss: Callable[[], Tensor], log: EditLog
-    ) -> list[float]:
-        """Leaves the best start's factors in `product`; returns the final loss of each start."""
+    def _best_start(self, model: nn.Module, place: Place, product: _Product, loss: Loss, log: EditLog) -> list[float]:
+        """Leaves the best start's factors in `product`, and its steps in the log; returns the final loss of each."""
         generator = torch.Generator().manual_seed(self.seed)
         names = {name: f"{place.layer}.parametrizations.weight.0.{name}" for name in ("left", "right")}
         rows = place.rows[:, None].expand_as(product.left)
         finals: list[float] = []
         best: tuple[Tensor, Tensor] | None = None
-        problem: EditError | None = None
+        problem: DivergedError | None = None
         for _ in range(self.restarts):
             product.draw(generator, self.init, place.rows)
+            own = log.part()
             try:
-                descend(model, {names["left"]: rows, names["right"]: None}, loss, plain_descent(self), log)
-            except EditError as error:  # it diverged; another start may not
+                descend(model, {names["left"]: rows, names["right"]: None}, loss, plain_descent(self), own)
+            except DivergedError as error:  # another start may not
                 problem, final = error, math.inf
             else:
-                with torch.no_grad():
-                    final = float(loss())
+                final = value_of(loss)
             final = final if math.isfinite(final) else math.inf
             if final < min(finals, default=math.inf):
                 best = (product.left.detach().clone(), product.right.detach().clone())
+                log.take(own)
+                log.entries["kept_start"] = len(finals)
             finals.append(final)
         if best is None:
             raise EditError(f"All {self.restarts} starts diverged: lower the rate, now {self.rate:g}.") from problem
@@ -172,7 +175,12 @@ class _Product(nn.Module):
         return weight + change
 
 
-def mean_square(values: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Returns the mean over features, then over examples, of the squared difference of batches of (value, target)."""
-    numbers = sum(value.numel() for value, _ in values)
-    return torch.stack([(value - target).square().sum() for value, target in values]).sum() / numbers
+def mean_square(values: Iterable[tuple[Tensor, Tensor]], examples: int) -> Iterator[Tensor]:
+    """Yields what each batch of (value, target) adds to the mean squared difference, over examples and features.
+
+    Args:
+      values: Batches.
+      examples: In all of them.
+    """
+    for value, target in values:
+        yield (value - target).square().sum() / (value.numel() // len(value) * examples)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ablate import Selection
 from ablate.residual import ResidualBlocks
 from ablate.structure import Structure
-from coar.editing.blocks import Block, branch_ends, capture, find_block, run_block
+from coar.editing.blocks import Block, branch_ends, find_block
 from coar.editing.places import one_layer
 from coar.editing.weights import covered
 from coar.errors import EditError
@@ -99,37 +99,6 @@ def _check_end(model: nn.Module, layer: str, method: str) -> None:
         f"{' or '.join(map(repr, last))}; or pass around={inside!r} to edit this one for the value of the block, "
         f"around={layer!r} for its own."
     )
-
-
-class Pairs:
-    """The inputs of a block for the examples to change, and its values, by the original model, for their originals.
-
-    Batches stay what they were captured in: the same examples then give the same bits, and a pair of equal inputs a
-    loss of exactly zero.
-    """
-
-    def __init__(self, model: nn.Module, block: Block, inputs: Tensor, originals: Tensor, batch_size: int) -> None:
-        self._model, self._block = model, block
-        self._inputs = capture(model, block, inputs, batch_size)
-        self._originals = capture(model, block, originals, batch_size)
-        for batches, what in ((self._inputs, "inputs"), (self._originals, "originals")):
-            if not all(bool(torch.isfinite(output).all()) for _, _, output in batches):
-                raise EditError(f"{block.modules[-1]!r} gives NaN or infinite values for the {what}.")
-        self.examples = len(inputs)
-
-    def value_shape(self) -> tuple[int, ...]:
-        """Returns the shape of one example's value."""
-        return tuple(self._originals[0][2].shape[1:])
-
-    def values(self, frozen: bool = True) -> list[tuple[Tensor, Tensor]]:
-        """Returns per batch (value now for the inputs, value for the originals: of the original model, or now)."""
-        return [
-            (
-                run_block(self._model, self._block, *changed[:2]),
-                original[2] if frozen else run_block(self._model, self._block, *original[:2]),
-            )
-            for changed, original in zip(self._inputs, self._originals, strict=True)
-        ]
 
 
 def _middle(size: int) -> tuple[int, ...]:

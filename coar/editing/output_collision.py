@@ -6,23 +6,24 @@ Source: Brown et al., Robustness of edited neural networks (2023), Section 2 and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate import Selection
 from coar.editing import scopes
 from coar.editing.abstract import Editor, Found
-from coar.editing.blocks import Block, capture, find_block, run_block, run_until
+from coar.editing.blocks import Block, find_block
 from coar.editing.early_stopping import BestWeights
 from coar.editing.log import EditLog
+from coar.editing.pairs import Pairs, ThroughoutPairs
 from coar.editing.places import one_layer
 from coar.editing.request import Request
-from coar.editing.training import Descent, descend, descent_problems
+from coar.editing.running import BATCH
+from coar.editing.training import Descent, descend, descent_problems, value_of
 from coar.errors import EditError
 
 SCOPES = ("local", "global")
@@ -38,7 +39,9 @@ class OutputCollision(Editor):
     them in each step. Eval mode throughout; biases and normalisation never change.
 
     Cost per step: forward and backward of the block (`local`), or of the network up to it (`global`, or `symmetric`
-    twice). Memory: beside the model three times the trained weights, and the activations of all inputs.
+    twice); of more inputs than `batch_size` another forward for `stop_loss`. Memory: beside the model three times the
+    trained weights, the activations of one batch, and values of all inputs up to 256 MiB (beyond, they are computed
+    anew in each step, by a second copy of the model).
 
     Decisions where the paper is open: it writes both values with the edited weights, which collapse solves (all weights
     0 give loss 0); the default here keeps the original's value fixed at the unedited model. `global` trains the
@@ -59,6 +62,7 @@ class OutputCollision(Editor):
       stop_loss: It ends, before an update, when the loss is this or less; None: not before the last step.
       early_stopping: Stop and keep weights by accuracy on the request's first validation set: needs `validation`.
       patience: For it: so many steps without a better score.
+      batch_size: Examples at a time: changes rounding only.
     """
 
     name: ClassVar[str] = "output-collision"
@@ -80,6 +84,7 @@ class OutputCollision(Editor):
     stop_loss: float | None = 0.0
     early_stopping: bool = False
     patience: int = 50
+    batch_size: int = BATCH
 
     penalty: ClassVar[Literal["none"]] = "none"
     penalty_weight: ClassVar[float] = 0.0
@@ -92,8 +97,8 @@ class OutputCollision(Editor):
                 problems.append(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         if self.stop_loss is not None and not (self.stop_loss >= 0 and math.isfinite(self.stop_loss)):
             problems.append(f"stop_loss is {self.stop_loss}, expected 0 or more, or None")
-        if self.patience < 1:
-            problems.append(f"patience is {self.patience}, expected at least 1")
+        low = [name for name in ("patience", "batch_size") if getattr(self, name) < 1]
+        problems += [f"{name} is {getattr(self, name)}, expected at least 1" for name in low]
         return problems
 
     def find(self, model: nn.Module, selection: Selection, request: Request, log: EditLog) -> Found:
@@ -108,7 +113,9 @@ class OutputCollision(Editor):
         log.entries["block"] = list(block.modules)
         log.entries["trained_weights"] = scope.weights(model)
         before = scope.values(model)
-        distance = _Distance(*self._values(model, block, request), self.stop_loss)
+        pairs = self._pairs(model, block, request)
+        batches = -(-pairs.examples // self.batch_size)
+        distance = _Distance(pairs, self.target == "original", batches, self.stop_loss)
         best = self._best_weights(model, scope, request)
 
         def done() -> bool:
@@ -129,18 +136,11 @@ class OutputCollision(Editor):
             best.finish(log)
         return Found(scope.operation(model, before), scope.selection)
 
-    def _values(
-        self, model: nn.Module, block: Block, request: Request
-    ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-        """Returns two functions: the value for the inputs, with the weights of that moment, and its target."""
+    def _pairs(self, model: nn.Module, block: Block, request: Request) -> Pairs | ThroughoutPairs:
         if request.originals is None:
             raise EditError("originals is missing: output collision needs each input before its transformation.")
-        both = [_value_of(model, block, x, alone=self.scope == "local") for x in (request.inputs, request.originals)]
-        if self.target == "symmetric":
-            return both[0], both[1]
-        with torch.no_grad():
-            fixed = both[1]().detach()
-        return both[0], lambda: fixed
+        kind = Pairs if self.scope == "local" else ThroughoutPairs
+        return kind(model, block, request.inputs, request.originals, self.batch_size)
 
     def _best_weights(self, model: nn.Module, scope: scopes.Scope, request: Request) -> BestWeights | None:
         if not self.early_stopping:
@@ -150,33 +150,35 @@ class OutputCollision(Editor):
                 "early_stopping needs validation, a pair of ablate.Examples, (to be changed, ordinary), in the "
                 "request. Give it, or pass early_stopping=False."
             )
-        return BestWeights(model, scope, request.validation[0], self.patience)
-
-
-def _value_of(model: nn.Module, block: Block, inputs: Tensor, alone: bool) -> Callable[[], Tensor]:
-    """Returns a function that gives a block's value for inputs of the model, running the block alone if it can be."""
-    if not alone:
-        return lambda: run_until(model, block, inputs)
-    ((args, kwargs, _),) = capture(model, block, inputs, batch_size=len(inputs))
-    return lambda: run_block(model, block, args, kwargs)
+        return BestWeights(model, scope, request.validation[0], self.patience, batch_size=self.batch_size)
 
 
 class _Distance:
-    """Mean squared distance of two values, computed once for `done` and for the `loss` that follows."""
+    """Mean squared distance of values; of a single batch computed once for `done` and the `loss` that follows.
 
-    def __init__(self, value: Callable[[], Tensor], target: Callable[[], Tensor], stop_loss: float | None) -> None:
-        self._value, self._target, self._stop_loss = value, target, stop_loss
+    Args:
+      pairs: Of values and what they should be.
+      frozen: Whether that is of the original model.
+      batches: How many there are.
+      stop_loss: `done` once the distance is this or less; None: never.
+    """
+
+    def __init__(self, pairs: Pairs | ThroughoutPairs, frozen: bool, batches: int, stop_loss: float | None) -> None:
+        self._pairs, self._frozen, self._batches, self._stop_loss = pairs, frozen, batches, stop_loss
         self._pending: Tensor | None = None
 
     def done(self) -> bool:
         if self._stop_loss is None:
             return False
-        self._pending = self._distance()
+        if self._batches > 1:
+            return value_of(self._terms) <= self._stop_loss
+        (self._pending,) = self._terms()
         return float(self._pending.detach()) <= self._stop_loss
 
-    def loss(self) -> Tensor:
+    def loss(self) -> Iterator[Tensor]:
         pending, self._pending = self._pending, None
-        return self._distance() if pending is None else pending
+        return self._terms() if pending is None else iter([pending])
 
-    def _distance(self) -> Tensor:
-        return F.mse_loss(self._value(), self._target())
+    def _terms(self) -> Iterator[Tensor]:
+        for value, target in self._pairs.values(self._frozen):
+            yield F.mse_loss(value, target) * (len(value) / self._pairs.examples)

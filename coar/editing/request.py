@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ablate import Examples
+from ablate.errors import DataError
+from ablate.tensors import as_tensor
+from coar.editing.given import as_examples
+from coar.editing.half import HALF, fitting
 from coar.errors import EditError
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
     """What an edit should achieve. Each method says which fields it needs; the others may stay empty.
+
+    Tensors may be arrays, labels a list, and examples (inputs, targets) or a data set; `checked` makes them one form.
 
     Attributes:
       inputs: (n, ...) as the model takes them: the examples whose prediction should change.
@@ -35,30 +43,47 @@ class Request:
     validation: tuple[Examples, Examples] | None = None
 
     def checked(self, needs: Sequence[str], method: str) -> Request:
-        """Returns this request with labels as int64 tensors, or raises EditError naming every problem in it.
+        """Returns this request as tensors and Examples, or raises EditError naming every problem in it.
+
+        Labels become int64. Arrays become tensors, lists of labels, too; (inputs, targets) become Examples.
 
         Args:
           needs: The fields that must be there.
           method: Whose needs they are.
         """
         problems = [f"{name} is missing: {WHAT[name]}." for name in needs if getattr(self, name) is None]
-        for name in ("inputs", "labels", "originals", "masks"):
+        forms: dict[str, Callable[[str, Any], Any]] = {**dict.fromkeys(TENSORS, _tensor), **EXAMPLES}
+        read: dict[str, Any] = {}
+        for name, form in forms.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, Tensor):
-                problems.append(f"{name} is a {type(value).__name__}, expected a tensor.")
+            try:
+                read[name] = None if value is None else form(name, value)
+            except EditError as error:
+                problems.append(str(error))
         if not problems:
-            problems += _misfits(self)
+            request = replace(self, **read)
+            problems = _misfits(request)
         if problems:
             raise EditError("\n".join([f"{method} cannot edit with this request:", *(f"  {p}" for p in problems)]))
-        labels = self.labels
-        return replace(self, labels=None if labels is None else labels.long())
+        return replace(request, labels=None if request.labels is None else request.labels.long())
 
     def to(self, device: torch.device) -> Request:
-        """Returns this request with its tensors on a device; reference and validation stay where they are."""
+        """Returns this request with its tensors on a device; reference and validation stay where they are.
+
+        They are cut off from the gradients and the inference mode that they were made in.
+        """
+        return self._each(lambda value: (value.clone() if value.is_inference() else value.detach()).to(device))
+
+    def fitting(self, model: nn.Module) -> Request:
+        """Returns this request in the precision that a model takes, where half precision is in play."""
+        fit = functools.partial(fitting, model)
+        masks = self.masks.float() if self.masks is not None and self.masks.dtype in HALF else self.masks
+        originals = None if self.originals is None else fit(self.originals)
+        return replace(self, inputs=fit(self.inputs), originals=originals, masks=masks)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Request:
         tensors: dict[str, Any] = {
-            field.name: value.to(device)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            name: change(value) for name in TENSORS if isinstance(value := getattr(self, name), Tensor)
         }
         return replace(self, **tensors)
 
@@ -67,6 +92,31 @@ TOKENS = (
     "Editing of language models by targets per token is not supported yet: wrap the model so that it returns the "
     "logits of one token, and give one label per input."
 )
+TENSORS = ("inputs", "labels", "originals", "masks")
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """Returns a tensor, given as one, as an array, or, of labels, as a list of integers."""
+    try:
+        if isinstance(value, (Tensor, np.ndarray)) or (name == "labels" and isinstance(value, (list, tuple, range))):
+            return as_tensor(value, name)
+    except DataError as error:
+        raise EditError(str(error)) from error
+    what = "a tensor, an array or a list of integers" if name == "labels" else "a tensor or an array"
+    raise EditError(f"{name} is a {type(value).__name__}, expected {what}.")
+
+
+def _validation(name: str, value: Any) -> tuple[Examples, Examples]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or isinstance(value[0], (Tensor, np.ndarray)):
+        raise EditError(f"{name} is a {type(value).__name__}, expected {WHAT['validation']}.")
+    changed, ordinary = (as_examples(part, f"{name}[{i}]") for i, part in enumerate(value))
+    return changed, ordinary
+
+
+EXAMPLES: dict[str, Callable[[str, Any], Any]] = {
+    "reference": lambda name, value: as_examples(value, name),
+    "validation": _validation,
+}
 WHAT = {
     "labels": "the class that each input should get",
     "originals": "each input before its transformation",

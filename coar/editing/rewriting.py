@@ -6,7 +6,7 @@ code of its authors where the two differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from ablate import Examples, Selection
 from coar.editing.abstract import Editor, Found
 from coar.editing.blocks import layer_keys
-from coar.editing.directions import DIRECTIONS, along, coordinates, key_directions, key_weights, pooled
+from coar.editing.directions import DIRECTIONS, ConceptKeys, along, coordinates, key_weights, pooled
 from coar.editing.log import EditLog
-from coar.editing.one_block import Pairs, Place, place_of
+from coar.editing.one_block import Place, place_of
 from coar.editing.operations import Delta, Factors, LowRank
+from coar.editing.pairs import Pairs
 from coar.editing.plain_descent import plain_descent, plain_problems
 from coar.editing.request import Request
 from coar.editing.second_moment import FLOOR, second_moment
-from coar.editing.training import descend
+from coar.editing.training import descend, value_of
 from coar.errors import EditError
 
 GRID = ((1e-3, 10_000), (1e-4, 20_000), (1e-5, 40_000), (1e-6, 80_000), (1e-7, 80_000))  # (rate, steps), A.4.1
@@ -47,8 +48,9 @@ class Rewriting(Editor):
     """Rewriting: needs pairs and ordinary examples, no labels.
 
     Cost: one pass of the model over the ordinary examples, up to the layer; then `steps` runs of one block, forward and
-    backward, on all pairs. Memory: the block's inputs and values for all pairs, its activations for a step, and two
-    float64 (channels, channels).
+    backward, on all pairs. Memory: the block's inputs and values for all pairs up to 256 MiB (beyond, they are computed
+    anew in each step, by a second copy of the model), its activations for one batch, and two float64 (channels,
+    channels).
 
     Attributes:
       rate: Learning rate; `GRID` has the pairs of rate and steps that the paper tried.
@@ -120,8 +122,8 @@ class Rewriting(Editor):
         weight = place.module.weight
         before = weight.detach().clone()
 
-        def loss() -> Tensor:
-            return rewriting_loss(pairs.values(), where, self.loss)
+        def loss() -> Iterator[Tensor]:
+            return rewriting_terms(pairs.values(), pairs.examples, where, self.loss)
 
         def project() -> None:
             if directions is not None:
@@ -132,15 +134,13 @@ class Rewriting(Editor):
             if step % self.project_every == 0:
                 project()
 
-        with torch.no_grad():
-            first = float(loss())
+        first = value_of(loss)
         if first == 0:
             log.stop("noop", "the values are those of the originals already")
         else:
             descend(model, {place.parameter: mask}, loss, plain_descent(self), log, after_step=after_step)
             project()
-        with torch.no_grad():
-            last = float(loss())
+        last = value_of(loss)
         if last > first:
             log.stop("failed", f"the loss rose from {first:.3g} to {last:.3g}: lower the rate{_scarce(log)}")
         log.entries |= {"layer": place.layer, "block": list(place.block.modules), "loss_before": first}
@@ -164,25 +164,32 @@ class Rewriting(Editor):
         return mask
 
     def _directions(self, model: nn.Module, place: Place, request: Request, log: EditLog) -> Tensor:
-        keys = torch.cat([layer_keys(model, place.layer, x) for x in torch.split(request.inputs, self.batch_size)])
-        if request.masks is None:
-            weights = torch.ones(keys.shape[:-1], device=keys.device)
-        else:
-            weights = key_weights(request.masks, place.module, tuple(keys.shape[1:-1]), self._prefix(model))
         reference = cast(Examples, request.reference)  # it is in `needs`
+        concept = self._concept(model, place, request)
         moment = second_moment(
             model, place.layer, reference, center=self.center, batch_size=self.batch_size, cache=self.cache
         )
-        found, floored = key_directions(
-            keys.reshape(-1, keys.shape[-1]), weights.reshape(-1), moment, self.rank, self.direction, self.floor
-        )
+        found, floored = concept.directions(moment, self.rank, self.direction, self.floor)
         log.entries |= {
-            "concept_keys": int((weights > 0).sum()),
+            "concept_keys": concept.count,
             "second_moment_positions": moment.positions,
             "eigenvalues_floored": floored,
             "channels": len(moment.matrix),
         }
         return found.to(place.module.weight)
+
+    def _concept(self, model: nn.Module, place: Place, request: Request) -> ConceptKeys:
+        """Returns what the layer reads for the inputs, weighted by the masks, if there are any."""
+        found = ConceptKeys()
+        for start in range(0, len(request.inputs), self.batch_size):
+            window = slice(start, start + self.batch_size)
+            keys = layer_keys(model, place.layer, request.inputs[window])
+            if request.masks is None:
+                weights = torch.ones(keys.shape[:-1], device=keys.device)
+            else:
+                weights = key_weights(request.masks[window], place.module, tuple(keys.shape[1:-1]), self._prefix(model))
+            found.add(keys.reshape(-1, keys.shape[-1]), weights.reshape(-1))
+        return found
 
     def _prefix(self, model: nn.Module) -> int | None:
         """Returns how many tokens come before the patches, as set, or as timm's models say; None: to be found."""
@@ -240,12 +247,22 @@ def rewriting_loss(
     None: all alike.
     """
     examples = sum(len(value) for value, _ in values)
-    numbers = sum(value.numel() for value, _ in values)
-    total, start = values[0][0].new_zeros(()), 0
+    return torch.stack(list(rewriting_terms(values, examples, where, kind))).sum()
+
+
+def rewriting_terms(
+    values: Iterable[tuple[Tensor, Tensor]], examples: int, where: Tensor | None, kind: Literal["l1", "mse"]
+) -> Iterator[Tensor]:
+    """Yields what each batch of pairs adds to `rewriting_loss`, of so many examples in all."""
+    start = 0
     for value, target in values:
         difference = target - value
         if where is not None:
             difference = difference * where[start : start + len(value)].to(difference).sqrt()
-        total = total + (difference.abs() if kind == "l1" else difference.square()).sum()
         start += len(value)
-    return total / numbers / (examples if kind == "l1" else 1)
+        numbers = value.numel() // len(value) * examples
+        yield (
+            (difference.abs() if kind == "l1" else difference.square()).sum()
+            / numbers
+            / (examples if kind == "l1" else 1)
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from coar.editing.log import EditLog
+from coar.editing.running import is_out_of_memory
 from coar.editing.settings import wrong_types
 from coar.errors import EditError
+
+Loss = Callable[[], Tensor | Iterable[Tensor]]
 
 OPTIMIZERS = ("rmsprop", "sgd", "adam", "adamw")
 PENALTIES = ("none", "l1", "l2")
@@ -83,7 +86,7 @@ def descent_problems(settings: Any) -> list[str]:
 def descend(
     model: nn.Module,
     trained: Mapping[str, Tensor | None],
-    loss: Callable[[], Tensor],
+    loss: Loss,
     plan: Descent,
     log: EditLog,
     done: Callable[[], bool] | None = None,
@@ -91,15 +94,21 @@ def descend(
 ) -> None:
     """Changes weights of a model in place so that a loss falls; all others keep their bits.
 
+    So do parameters that get no gradient at all: no decay moves them, and the log names them (`without_gradient`).
+
     Args:
       model: Whose weights to train.
       trained: Parameter name -> bool mask of its shape, the weights that may move; None: all of it. The gradient is
         masked before the optimizer sees it.
-      loss: Returns what to lower, on the model as it is now. Without the penalty.
+      loss: Returns what to lower, on the model as it is now, without the penalty; or its terms one by one: each is gone
+        back through before the next is made, so that memory is that of one.
       plan: How.
       log: Gets the loss of each step, and the reason for stopping.
       done: Asked before each step; True ends it. May be True at once: then nothing changes.
       after_step: Called after each step with its number, from 0: may put the weights back where they are allowed to be.
+
+    Raises:
+      EditError: A loss that is not finite, or that none of the weights has a gradient of.
     """
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[name] for name in trained}
@@ -108,6 +117,7 @@ def descend(
     flags = {name: weight.requires_grad for name, weight in chosen.items()}
     for weight in chosen.values():
         weight.requires_grad_(True)
+    reached: set[str] = set()
     try:
         optimizer = _optimizer(chosen, plan)
         first = optimizer if plan.first_step == "same" else torch.optim.SGD(list(chosen.values()), lr=plan.rate)
@@ -116,64 +126,108 @@ def descend(
                 if done is not None and done():
                     log.stop("converged" if step else "noop")
                     return
-                _step(chosen, before, trained, loss, plan, log, optimizer if step else first, step)
+                reached |= _step(chosen, before, trained, loss, plan, log, optimizer if step else first, step)
                 if after_step is not None:
                     after_step(step)
                 bar.update(1)
         log.stop("converged" if done is not None and done() else "max_steps")
     finally:
+        if log.losses and (left := [name for name in chosen if name not in reached]):
+            log.entries["without_gradient"] = left
         for name, weight in chosen.items():
             weight.requires_grad_(flags[name])
             weight.grad = None
+
+
+def value_of(loss: Loss) -> float:
+    """Returns a loss as a number, term by term, without gradient. Mutates nothing."""
+    with torch.no_grad():
+        terms = loss()
+        return sum(float(term) for term in ((terms,) if isinstance(terms, Tensor) else terms))
 
 
 def _step(
     chosen: Mapping[str, nn.Parameter],
     before: Mapping[str, Tensor],
     trained: Mapping[str, Tensor | None],
-    loss: Callable[[], Tensor],
+    loss: Loss,
     plan: Descent,
     log: EditLog,
     optimizer: torch.optim.Optimizer,
     step: int,
-) -> None:
-    value = loss()
-    if not value.requires_grad:
-        raise EditError(f"The loss does not depend on {', '.join(map(repr, chosen))}: training cannot change it.")
-    log.step(float(value.detach()))
-    names = list(chosen)
-    gradients = torch.autograd.grad(
-        value + _penalty(chosen, before, trained, plan), [chosen[n] for n in names], allow_unused=True
-    )
-    for name, gradient in zip(names, gradients, strict=True):
+) -> set[str]:
+    """Makes one update; returns the names of the parameters that have a gradient. The others are left alone."""
+    log.step(_back(chosen, loss))
+    reached = {name: weight for name, weight in chosen.items() if weight.grad is not None}
+    if not reached:
+        raise _unreached(chosen)
+    _add_penalty(reached, before, plan)
+    for name, weight in reached.items():
         mask = trained[name]
-        full = torch.zeros_like(chosen[name]) if gradient is None else gradient
-        chosen[name].grad = full if mask is None else full * mask
+        if mask is not None:
+            weight.grad = _gradient(weight) * mask
     if plan.clip is not None:
-        torch.nn.utils.clip_grad_norm_(list(chosen.values()), plan.clip)
+        torch.nn.utils.clip_grad_norm_(list(reached.values()), plan.clip)
     if plan.schedule is not None:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * plan.schedule(step)
     optimizer.step()
     with torch.no_grad():  # decay would move what is not trained
-        for name, weight in chosen.items():
+        for name, weight in reached.items():
             mask = trained[name]
             if mask is not None:
                 weight.copy_(torch.where(mask, weight, before[name]))
+    return set(reached)
 
 
-def _penalty(
-    chosen: Mapping[str, nn.Parameter],
-    before: Mapping[str, Tensor],
-    trained: Mapping[str, Tensor | None],
-    plan: Descent,
-) -> Tensor | float:
+def _back(chosen: Mapping[str, nn.Parameter], loss: Loss) -> float:
+    """Returns the loss; its gradient is in the parameters that it depends on, and None in the others."""
+    for weight in chosen.values():
+        weight.grad = None
+    terms = loss()
+    total = 0.0
+    for term in (terms,) if isinstance(terms, Tensor) else terms:
+        total += float(term.detach())
+        if term.requires_grad:
+            _backward(term)
+    return total
+
+
+def _backward(term: Tensor) -> None:
+    try:
+        torch.autograd.backward(term)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise EditError(
+            f"The gradient of the loss cannot be computed: {reason}. The model's forward changes what the gradient "
+            "needs, or runs a function without a backward: let it work on copies, or select layers behind that."
+        ) from error
+
+
+def _gradient(weight: nn.Parameter) -> Tensor:
+    """Returns the gradient that a parameter has; zero where it has none."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _unreached(chosen: Mapping[str, nn.Parameter]) -> EditError:
+    names = ", ".join(map(repr, list(chosen)[:5])) + (" ..." if len(chosen) > 5 else "")
+    return EditError(
+        f"The loss does not depend on {names}: no gradient gets there, so training cannot change it. The model runs "
+        "these layers under torch.no_grad(), detaches what they give, or does not use them. Let gradients through, or "
+        "select layers behind that."
+    )
+
+
+def _add_penalty(reached: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], plan: Descent) -> None:
+    """Adds the gradient of the penalty to those of the loss."""
     if plan.penalty == "none" or plan.penalty_weight == 0:
-        return 0.0
-    changes = [weight - before[name] for name, weight in chosen.items()]
-    if plan.penalty == "l1":
-        return plan.penalty_weight * sum((change.abs().sum() for change in changes), start=torch.tensor(0.0))
-    return plan.penalty_weight * 0.5 * sum((change.square().sum() for change in changes), start=torch.tensor(0.0))
+        return
+    for name, weight in reached.items():
+        change = weight.detach() - before[name]
+        slope = change.sign() if plan.penalty == "l1" else change
+        weight.grad = _gradient(weight) + plan.penalty_weight * slope
 
 
 def _optimizer(chosen: Mapping[str, nn.Parameter], plan: Descent) -> torch.optim.Optimizer:

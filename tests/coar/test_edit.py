@@ -185,8 +185,9 @@ def test_saved_and_loaded_it_is_the_same_edit(
 
 
 def test_a_coar_edit_survives_a_file(tiny_fit: coar.Attributions, tiny_net: nn.Module, tmp_path: Path) -> None:
-    edit = coar.coar_edit(tiny_fit, [0], [1], k=4)  # one example each: every score is infinite
-    assert np.isinf(edit.details["scores"]).all()
+    edit = coar.coar_edit(tiny_fit, [0], [1], k=4)  # one example each: there is no t
+    assert edit.details["statistic"] == "difference"
+    assert np.isfinite(edit.details["scores"]).all()
     edit.save(tmp_path / "fix.safetensors")
     loaded = coar.load_edit(tmp_path / "fix.safetensors")
     assert loaded == edit

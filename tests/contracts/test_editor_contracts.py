@@ -191,8 +191,8 @@ REFUSED: dict[str, tuple[Callable[[Request], Request], str]] = {
         "inputs[0] holds NaN or infinite values.",
     ),
     "no tensor": (
-        lambda wish: replace(wish, inputs=wish.inputs.numpy()),  # type: ignore[arg-type]
-        "inputs is a ndarray, expected a tensor.",
+        lambda wish: replace(wish, inputs=wish.inputs.tolist()),
+        "inputs is a list, expected a tensor or an array.",
     ),
     "labels of another length": (
         lambda wish: replace(wish, labels=torch.tensor([0])),
@@ -267,15 +267,46 @@ def test_another_models_selection_is_refused(model: nn.Module, wish: Request, ed
         editor.edit(model, wish, other.select([0]))
 
 
-def test_half_precision_is_refused(model: nn.Module, wish: Request, editor: Editor) -> None:
+def test_half_precision_is_edited_in_float32(model: nn.Module, wish: Request, editor: Editor) -> None:
+    """And rounded, once, which is said; what only switches weights off has nothing to round."""
     model.bfloat16()
-    name = str(editor.default_selection(model).table()["parameter"][0])
-    with pytest.raises(coar.EditError) as refused:
-        editor.edit(model, wish)
-    assert str(refused.value) == (
-        f"{name!r} is bfloat16: steps of an edit are lost in its rounding. Edit model.float(), and convert what comes "
-        "out."
-    )
+    edit = editor.edit(model, wish).at(1)
+    edited = edit.apply(model)
+    assert {value.dtype for value in edited.parameters()} == {torch.bfloat16}
+    assert edit.base == ablate.model_hash(model)
+    if editor.exact_in_half:
+        assert "rounding" not in edit.details
+    else:
+        assert 0 < edit.details["rounding"]["relative_error"] < 1.1
+
+
+def test_arrays_lists_and_pairs_are_the_same_request(
+    model: nn.Module, wish: Request, editor: Editor, made: coar.Edit
+) -> None:
+    def pair(examples: Examples) -> Any:
+        return examples.inputs().numpy(), examples.targets.tolist()
+
+    same: Any = {"inputs": wish.inputs.numpy(), "labels": wish.labels.tolist(), "originals": wish.originals.numpy()}  # type: ignore[union-attr]
+    same |= {"reference": pair(wish.reference), "validation": [pair(part) for part in wish.validation]}  # type: ignore[arg-type,union-attr]
+    edit = editor.edit(model, replace(wish, **same))
+    assert (edit.operation, edit.selection, edit.alpha) == (made.operation, made.selection, made.alpha)
+
+
+def test_a_model_whose_examples_influence_each_other_is_refused(
+    model: nn.Module, wish: Request, editor: Editor, untouched: Untouched
+) -> None:
+    class OfTheBatch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.net(x)
+            return logits - logits.mean(dim=0, keepdim=True)
+
+    mixing = OfTheBatch().eval()
+    with untouched(mixing), pytest.raises(ablate.GatingError, match=r"^The examples of a batch influence each other"):
+        editor.edit(mixing, wish)
 
 
 def test_weights_that_are_no_numbers_are_refused(model: nn.Module, wish: Request, editor: Editor) -> None:
@@ -290,7 +321,7 @@ def test_weights_that_are_no_numbers_are_refused(model: nn.Module, wish: Request
 def test_inputs_that_the_model_does_not_take(model: nn.Module, wish: Request, editor: Editor) -> None:
     blank = Request(torch.zeros(2, 5, SIZE, SIZE), wish.labels, torch.zeros(2, 5, SIZE, SIZE), wish.masks)
     spoilt = replace(wish, inputs=blank.inputs, originals=blank.originals)
-    with pytest.raises(coar.EditError, match=r"^The model fails on inputs of shape \(2, 5, 32, 32\): "):
+    with pytest.raises(coar.EditError, match=r"^The model fails on inputs of shape \(2, 5, 32, 32\) and type float32"):
         editor.edit(model, spoilt)
 
 

@@ -65,9 +65,13 @@ class HypernetworkMask(MaskedEditor):
     blocks: int | None = None
     training: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _problems(self) -> list[str]:
+        training: object = self.training
+        if not isinstance(training, Mapping):
+            return [f"training is {training!r}, expected settings of MetaSettings by name: {{'width': 16}}"]
+        problems = super()._problems()
         self.meta_settings()
+        return problems
 
     @property
     def limit(self) -> float | None:
@@ -153,10 +157,9 @@ class MeanMask(HypernetworkMask):
 
     images: int = 256
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.images, bool) or self.images < 1:
-            raise EditError(f"images is {self.images}, expected an integer from 1.")
+    def _problems(self) -> list[str]:
+        low = [] if self.images >= 1 else [f"images is {self.images}, expected at least 1"]
+        return super()._problems() + low
 
     def mask(self, network: MaskHypernetwork, model: nn.Module, request: Request) -> Tensor:
         """Returns the mean mask over the reference images, (bits,)."""

@@ -36,9 +36,10 @@ class MaskedEditor(Editor):
     steps: int = 100
     stop_loss: float | None = 0.01
 
-    def __post_init__(self) -> None:
+    def _problems(self) -> list[str]:
         check_choice(self.density, self.limit)
         self._tuning()
+        return []
 
     @property
     def limit(self) -> float | None:

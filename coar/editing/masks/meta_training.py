@@ -97,7 +97,7 @@ class Training:
             if weight.dtype not in (torch.float32, torch.float64):
                 raise EditError(
                     f"{name!r} is {str(weight.dtype).removeprefix('torch.')}: the inner steps are lost in its "
-                    "rounding. Train on model.float()."
+                    "rounding. Train on a copy in float32: copy.deepcopy(model).float()."
                 )
         self._patch = None if settings.alignment == "pixels" else patch_of(self._model)
         if settings.alignment == "patches" and self._patch is None:

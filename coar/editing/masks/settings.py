@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from coar.editing.settings import wrong_types
 from coar.errors import EditError
 
 Preset = Literal["paper", "code"]
@@ -87,7 +88,8 @@ class MetaSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = [problem for problem in (*self._numbers(), *self._words()) if problem]
+        wrong = [f"{problem}." for problem in wrong_types(self)]
+        problems = wrong or [*self._numbers(), *self._words()]
         if problems:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             listing = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))

@@ -286,6 +286,21 @@ def test_what_is_wrong_with_the_request_is_said(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"density": "0.1"}, "These settings cannot work: density is '0.1', expected a number or None."),
+        ({"density": True}, "These settings cannot work: density is True, expected a number or None."),
+        (
+            {"density": None, "threshold": "0.5", "iterations": 1.5},
+            "These settings cannot work: threshold is '0.5', expected a number or None; iterations is 1.5, expected an "
+            "integer or None.",
+        ),
+        (
+            {"training": 3},
+            "These settings cannot work: training is 3, expected settings of MetaSettings by name: {'width': 16}.",
+        ),
+        (
+            {"training": {"rate": "0.1"}},
+            "The settings of the hypernetwork's training: 1 problem\n  1. rate is '0.1', expected a number.",
+        ),
         (
             {"threshold": 0.5},
             "A mask needs a density or a threshold, not both: both are given. Leave the other one None.",

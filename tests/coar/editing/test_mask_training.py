@@ -342,7 +342,11 @@ def test_everything_drawn_depends_on_seed_and_iteration() -> None:
             "Images are torch.float32 or hold values that are not finite; expected floats as the model takes them. For "
             "uint8 pixels give ablate.Examples(..., normalize=(mean, std)).",
         ),
-        ("half", "'0.weight' is bfloat16: the inner steps are lost in its rounding. Train on model.float()."),
+        (
+            "half",
+            "'0.weight' is bfloat16: the inner steps are lost in its rounding. Train on a copy in float32: "
+            "copy.deepcopy(model).float().",
+        ),
         ("patches", "alignment is 'patches', but Sequential does not cut its images into any. Take 'pixels'."),
         ("site", "Sequential has no module 'neck' to read a feature from."),
     ],

@@ -10,7 +10,8 @@ from torch import nn
 
 from ablate import ComponentIndex
 from coar.editing.blocks import Block, find_block
-from coar.editing.one_block import Pairs, place_of
+from coar.editing.one_block import place_of
+from coar.editing.pairs import Pairs
 from coar.errors import EditError
 
 
@@ -77,7 +78,7 @@ def test_equal_pairs_have_equal_values_bit_for_bit() -> None:
     pairs = Pairs(model, find_block(model, "layer4.1.conv2"), inputs, inputs.clone(), 2)
     model.get_parameter("layer4.1.conv2.weight").requires_grad_(True)
     for frozen in (True, False):
-        values = pairs.values(frozen)
+        values = list(pairs.values(frozen))
         assert [len(value) for value, _ in values] == [2, 2, 1]
         assert all(torch.equal(value, target) for value, target in values)
     assert pairs.examples == 5

@@ -195,7 +195,11 @@ def test_a_loss_that_is_no_number_stops_it(layer: nn.Linear) -> None:
 def test_a_loss_that_does_not_depend_on_the_weights(layer: nn.Linear) -> None:
     with pytest.raises(EditError) as refused:
         _descend(layer, lambda: torch.tensor(1.0), rate=1e-2, steps=5)
-    assert str(refused.value) == "The loss does not depend on 'weight': training cannot change it."
+    assert str(refused.value) == (
+        "The loss does not depend on 'weight': no gradient gets there, so training cannot change it. The model runs "
+        "these layers under torch.no_grad(), detaches what they give, or does not use them. Let gradients through, or "
+        "select layers behind that."
+    )
 
 
 def test_settings_that_cannot_work_are_all_named() -> None:
