@@ -145,4 +145,5 @@ class HalvesMeter:
 
     def _run(self, engine: Engine, keep: Bools) -> Floats:
         self.forwards += len(keep)
-        return engine.outputs(keep, self._examples).numpy().astype(np.float64)
+        found: Floats = engine.outputs(keep, self._examples).numpy().astype(np.float64)
+        return found

@@ -25,7 +25,7 @@ SOURCE = {"source": "packaged", "name": "tiny"}
 
 
 def _net() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3))
 
 
 def _make(files: list[Path]) -> tuple[nn.Module, Any]:
@@ -137,8 +137,8 @@ def test_every_command_installs_the_version_whose_files_are_checked(name: str) -
 
 
 def test_tensors_in_the_same_order_get_the_models_names() -> None:
-    model, file = _net(), {"_fc.weight": torch.ones(3, 12), "_fc.bias": torch.zeros(3)}
-    assert list(in_order_of(model, file, "w.pth")) == ["1.weight", "1.bias"]
+    model, file = nn.Sequential(nn.Linear(12, 3)), {"_fc.weight": torch.ones(3, 12), "_fc.bias": torch.zeros(3)}
+    assert list(in_order_of(model, file, "w.pth")) == ["0.weight", "0.bias"]
     for other in ({"_fc.bias": torch.zeros(3), "_fc.weight": torch.ones(3, 12)}, {"_fc.weight": torch.ones(3, 12)}):
         with pytest.raises(
             ablate.LoadError, match=r"w\.pth does not fit a Sequential:\n  its . tensors do not come in"

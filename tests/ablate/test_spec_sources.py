@@ -100,6 +100,7 @@ def test_every_source_can_be_named_in_a_file() -> None:
         {"source": "open_clip", "name": "RN50", "classes": ["cat", "dog"], "templates": ["a {}.", "the {}."]},
         {"source": "transformers", "config": {"model_type": "gpt2", "n_layer": 2}},
         {"source": "transformers", "path": "models/gpt2"},
+        {"source": "packaged", "name": "glassllm"},
     ]
     data: list[dict[str, Any]] = [
         {"source": "torchvision", "name": "CIFAR10", "root": "data", "split": "test"},

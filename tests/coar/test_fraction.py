@@ -31,20 +31,29 @@ class Shares(nn.Module):
         super().__init__()
         self.units = nn.Linear(1, 2000, bias=False)
         nn.init.constant_(self.units.weight, 1.0)
-        self.bend, self.limit = bend, limit
+        self.head = nn.Linear(1, 2)
+        self.head.weight.data = torch.tensor([[1.0], [0.0]])
+        self.head.bias.data = torch.tensor([-limit, 0.0])
+        self.bend = bend
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns logits (batch, 2)."""
-        share = self.bend(self.units(x).mean(dim=1, keepdim=True)) - self.limit
-        return torch.cat([share, torch.zeros_like(share)], dim=1)
+        logits: Tensor = self.head(self.bend(self.units(x).mean(dim=1, keepdim=True)))
+        return logits
 
 
 def _examples(count: int = 3) -> tuple[Tensor, list[int]]:
     return torch.ones(count, 1), [0] * count
 
 
+def _choose(model: Shares, examples: Any, **options: Any) -> coar.FractionChoice:
+    """Chooses a share of the units."""
+    index = ablate.ComponentIndex.from_model(model, ["linear_neuron"], include=["units"])
+    return coar.choose_fraction(model, examples, index=index, **options)
+
+
 def test_a_linear_network_takes_the_largest() -> None:
-    choice = coar.choose_fraction(Shares(lambda share: share), _examples())
+    choice = _choose(Shares(lambda share: share), _examples())
     assert choice.ablate_fraction == 0.1
     table = choice.table()
     assert tuple(table["ablate_fraction"]) == FRACTIONS
@@ -59,7 +68,7 @@ def test_a_linear_network_takes_the_largest() -> None:
 
 def test_the_numbers_are_those_of_the_keep_vectors() -> None:
     """Mean drop and deviation of a linear network are those of the share ablated."""
-    choice = coar.choose_fraction(Shares(lambda share: share), _examples(), fractions=[0.1])
+    choice = _choose(Shares(lambda share: share), _examples(), fractions=[0.1])
     (m,) = choice.measures
     assert m.mean_drop == pytest.approx(0.1, abs=0.01)
     assert m.sd == pytest.approx((0.1 * 0.9 / 2000) ** 0.5, rel=0.7)
@@ -70,7 +79,7 @@ def test_the_numbers_are_those_of_the_keep_vectors() -> None:
 @pytest.mark.parametrize(("limit", "expected"), [(0.95, 0.03), (0.98, 0.01), (0.995, 0.003), (0.998, 0.001)])
 def test_the_largest_that_keeps_predictions_right(limit: float, expected: float) -> None:
     """The margin is the share kept less a limit: right as long as fewer than 1 - limit are off."""
-    choice = coar.choose_fraction(Shares(lambda share: share, limit), _examples())
+    choice = _choose(Shares(lambda share: share, limit), _examples())
     assert choice.ablate_fraction == expected
     larger = choice.table().set_index("ablate_fraction")["right_kept"].loc[expected:].iloc[1]
     assert larger < 2 / 3
@@ -84,7 +93,7 @@ def test_a_network_that_bends_takes_what_a_line_explains() -> None:
         off = 1 - share
         return 1 + torch.where(off < 0.015, off, torch.cos(off * 2e4))
 
-    choice = coar.choose_fraction(Shares(bend), _examples())
+    choice = _choose(Shares(bend), _examples())
     assert choice.ablate_fraction == 0.01
     assert choice.at(0.01).halves > 0.9 > choice.at(0.03).halves
 
@@ -95,16 +104,16 @@ def test_halves_are_one_for_a_line_and_less_for_a_product() -> None:
     class Product(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.units = nn.Linear(1, 2, bias=False)
+            self.units, self.head = nn.Linear(1, 2, bias=False), nn.Linear(1, 2, bias=False)
             nn.init.constant_(self.units.weight, 1.0)
+            self.head.weight.data = torch.tensor([[1.0], [0.0]])
 
         def forward(self, x: Tensor) -> Tensor:
-            u = self.units(x)
-            product = u[:, :1] * u[:, 1:]
-            return torch.cat([product, torch.zeros_like(product)], dim=1)
+            logits: Tensor = self.head(self.units(x).prod(dim=1, keepdim=True))
+            return logits
 
     model = Product()
-    index = ablate.ComponentIndex.from_model(model, ["linear_neuron"])
+    index = ablate.ComponentIndex.from_model(model, ["linear_neuron"], include=["units"])
     meter = HalvesMeter(ablate.Engine(model, index), None, ablate.Examples.of(_examples(1)), True, 0)
     found = meter.measure(0.5, 200)
     assert set(found.drops.ravel()) == {0.0, 1.0}, "without either unit the product is lost"
@@ -117,7 +126,7 @@ def test_halves_are_one_for_a_line_and_less_for_a_product() -> None:
 
 def test_the_standard_error_is_that_of_repetition() -> None:
     model = Shares(lambda share: 1 + torch.cos((1 - share) * 60))
-    engine = ablate.Engine(model, ablate.ComponentIndex.from_model(model))
+    engine = ablate.Engine(model, ablate.ComponentIndex.from_model(model, include=["units"]))
     examples = ablate.Examples.of(_examples(1))
     found = [HalvesMeter(engine, None, examples, True, seed).measure(0.05, 30) for seed in range(40)]
     spread = np.std([m.halves for m in found])
@@ -125,7 +134,7 @@ def test_the_standard_error_is_that_of_repetition() -> None:
 
 
 def test_more_rows_are_run_only_where_it_is_not_clear() -> None:
-    choice = coar.choose_fraction(Shares(lambda share: share, 1 - 0.0105), _examples())  # 0.01 keeps about 60 %
+    choice = _choose(Shares(lambda share: share, 1 - 0.0105), _examples())  # 0.01 keeps about 60 %
     rows = choice.table().set_index("ablate_fraction")["rows"]
     assert rows[0.01] == MOST_ROWS
     assert (rows.drop(0.01) == 8).all()
@@ -155,7 +164,7 @@ def test_it_is_the_same_by_seed_and_changes_nothing(mlp: nn.Module, untouched: U
 def test_wrong_examples_do_not_say_whether_a_network_works() -> None:
     """All are predicted wrong: c alone counts, and the reason says so."""
     inputs, _ = _examples()
-    choice = coar.choose_fraction(Shares(lambda share: share), (inputs, [1, 1, 1]))
+    choice = _choose(Shares(lambda share: share), (inputs, [1, 1, 1]))
     assert choice.ablate_fraction == 0.1
     assert choice.table()["right_kept"].isna().all()
     assert choice.reason.endswith("Judged by what a line explains alone: 0% are right at first.")
@@ -163,8 +172,8 @@ def test_wrong_examples_do_not_say_whether_a_network_works() -> None:
 
 def test_a_loss_is_judged_by_the_margin_too() -> None:
     model = Shares(lambda share: share, 0.98)
-    by_margin = coar.choose_fraction(model, _examples())
-    by_loss = coar.choose_fraction(model, _examples(), output="loss")
+    by_margin = _choose(model, _examples())
+    by_loss = _choose(model, _examples(), output="loss")
     assert by_loss.ablate_fraction == by_margin.ablate_fraction == 0.01
     np.testing.assert_array_equal(by_loss.at(0.01).kept, by_margin.at(0.01).kept)
     assert (by_loss.at(0.01).drops <= 0).all(), "a loss rises"
@@ -178,19 +187,19 @@ def test_a_users_own_output_is_judged_by_a_line_alone() -> None:
         def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
             return logits[:, 0]
 
-    choice = coar.choose_fraction(Shares(lambda share: share, 0.98), _examples(), output=Second())
+    choice = _choose(Shares(lambda share: share, 0.98), _examples(), output=Second())
     assert choice.ablate_fraction == 0.1
     assert choice.reason.endswith("alone: its output does not say what is right.")
 
 
 def test_where_nothing_is_good_the_smallest_is_named() -> None:
-    choice = coar.choose_fraction(Shares(lambda share: share, 0.99999), _examples())
+    choice = _choose(Shares(lambda share: share, 0.99999), _examples())
     assert choice.ablate_fraction == 0.001  # 0.0003 ablates less than one of 2,000 on average
     assert choice.reason.startswith("none of those tried is good (c >= 0.9, 67% kept); the smallest, 0.001 keeps ")
 
 
 def test_outputs_that_are_no_numbers_are_no_choice() -> None:
-    choice = coar.choose_fraction(Shares(lambda share: share + torch.log(share - 0.95) * 0), _examples())
+    choice = _choose(Shares(lambda share: share + torch.log(share - 0.95) * 0), _examples())
     assert choice.ablate_fraction == 0.03
     assert choice.at(0.1).broken
     assert choice.reason.endswith("0.1 gives NaN or infinite outputs.")
@@ -199,7 +208,7 @@ def test_outputs_that_are_no_numbers_are_no_choice() -> None:
 
 def test_mean_ablation_is_measured_as_such() -> None:
     """Every unit always says its mean, so that ablating to it changes nothing."""
-    choice = coar.choose_fraction(Shares(lambda share: share, 0.98), _examples(), ablation="mean")
+    choice = _choose(Shares(lambda share: share, 0.98), _examples(), ablation="mean")
     assert choice.ablate_fraction == 0.1
     assert choice.at(0.1).mean_drop == pytest.approx(0, abs=1e-6)
     assert np.isnan(choice.at(0.1).halves)
@@ -207,7 +216,7 @@ def test_mean_ablation_is_measured_as_such() -> None:
 
 
 def test_of_many_examples_some_are_run() -> None:
-    choice = coar.choose_fraction(Shares(lambda share: share), _examples(50), fractions=[0.1], most_examples=5)
+    choice = _choose(Shares(lambda share: share), _examples(50), fractions=[0.1], most_examples=5)
     assert choice.examples == 5
     assert choice.measures[0].drops.shape == (8, 5)
 
@@ -258,13 +267,13 @@ def test_what_makes_no_sense_is_refused(mlp: nn.Module, changes: dict[str, Any],
 
 
 def test_an_unknown_fraction_is_named() -> None:
-    choice = coar.choose_fraction(Shares(lambda share: share), _examples(), fractions=[0.1, 0.2])
+    choice = _choose(Shares(lambda share: share), _examples(), fractions=[0.1, 0.2])
     with pytest.raises(coar.QueryError, match=r"Nothing was measured at ablate fraction 0\.3, only at 0\.1, 0\.2\."):
         choice.at(0.3)
 
 
 def test_the_figure_draws_the_table() -> None:
-    choice = coar.choose_fraction(Shares(lambda share: share, 0.98), _examples())
+    choice = _choose(Shares(lambda share: share, 0.98), _examples())
     (axes,) = choice.figure().axes
     lines = {str(line.get_label()): line for line in axes.get_lines()}
     halves, kept = axes.get_lines()[0], lines["right predictions kept"]
