@@ -184,7 +184,8 @@ def _makers_by_gradient(model: nn.Module, returned: list[Tensor]) -> tuple[str, 
         """The owners of the weights that a mixing node multiplies by."""
         found = []
         for child in before(node):
-            while child is not None and not hasattr(child, "variable") and len(before(child)) == 1:
+            # a mixing step behind is another layer's: this child is the layer's input, not its weight
+            while not hasattr(child, "variable") and len(before(child)) == 1 and not mixes(child):
                 child = before(child)[0]
             weight = getattr(child, "variable", None)
             if weight is not None and weight.ndim > 1 and id(weight) in owners:

@@ -78,6 +78,12 @@ def _all_convolutions() -> nn.Module:
     )
 
 
+def _no_biases() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 8, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3, bias=False)
+    )
+
+
 INPUTS = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
@@ -86,6 +92,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "a tied head": (Tied, ("head",)),
     "residual features": (Residual, ()),
     "convolutions only": (_all_convolutions, ("2",)),
+    "no biases": (_no_biases, ("4",)),
 }
 
 

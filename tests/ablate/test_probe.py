@@ -246,7 +246,7 @@ def test_inputs_that_the_model_does_not_take(name: str, inputs: Tensor, targets:
 
 def test_inputs_on_another_device(inputs: Tensor, targets: Tensor) -> None:
     assert _message(_net(), ablate.DataError, inputs.to("meta"), targets) == (
-        "Inputs are on meta, the engine runs on cpu. Move them to the CPU, or make the engine with device='meta'."
+        "Inputs: the tensor is on device meta, without data, expected a plain one. Give a tensor that holds numbers."
     )
 
 

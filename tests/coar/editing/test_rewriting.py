@@ -90,7 +90,7 @@ def _exact(request: Request) -> Request:
 
 
 def _whole(model: nn.Module, layer: str) -> Selection:
-    return ComponentIndex.from_model(model).where(module=layer)
+    return ComponentIndex.from_model(model, ["conv_filter", "linear_neuron"]).where(module=layer)
 
 
 def _quick(**settings: Any) -> Rewriting:
@@ -114,7 +114,7 @@ def _closed_form() -> tuple[nn.Module, Request]:
 def test_the_closed_form_of_a_linear_layer() -> None:
     model, request = _closed_form()
     settings = {"optimizer": "sgd", "rate": 0.2, "steps": 200, "loss": "mse", "project_every": 1}
-    edit = Rewriting(**settings).edit(model, request)  # type: ignore[arg-type]
+    edit = Rewriting(**settings).edit(model, request, _whole(model, "0"))  # type: ignore[arg-type]
     after = edit.changed_weights(model)["0.weight"]
     assert torch.allclose(after, torch.tensor([[0.5, -1.0], [0.5, 2.0]]), atol=1e-5)
     assert torch.allclose(after @ torch.tensor([2.0, 1.0]), torch.tensor([0.0, 3.0]), atol=1e-5)
