@@ -300,8 +300,9 @@ def test_a_linear_layer_is_a_convolution_of_size_one(randomise: Randomise) -> No
 
     tokens = nn.Sequential(First(), linear, nn.ReLU(), Last(), pools).eval()
     request = replace(_request(8), masks=None)
-    one = _quick().edit(images, request, _whole(images, "0")).changed_weights(images)["0.weight"]
-    other = _quick().edit(tokens, request, _whole(tokens, "1")).changed_weights(tokens)["1.weight"]
+    editor = _quick(optimizer="sgd", loss="mse", rate=0.1)  # Adam on l1 makes a difference of a rounding
+    one = editor.edit(images, request, _whole(images, "0")).changed_weights(images)["0.weight"]
+    other = editor.edit(tokens, request, _whole(tokens, "1")).changed_weights(tokens)["1.weight"]
     assert torch.allclose(one.flatten(1), other, atol=1e-5)
     assert not torch.allclose(one, conv.weight, atol=1e-3)
 
