@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CONTAINERS = (dict, OrderedDict, list, set)  # exactly these: others may copy themselves in a way of their own
@@ -32,7 +33,7 @@ def lent(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[dict[str, T
     others = [_Kept(tensor, None) for tensor in _loose_tensors(model)]
     all_kept = [*parameters.values(), *others]
     written = tuple(kept.tensor for kept in all_kept if not kept.tensor.is_inference())
-    with torch.autograd._unsafe_preserve_version_counter(written):  # type: ignore[attr-defined]
+    with _unsafe_preserve_version_counter(written):
         try:
             for name, kept in parameters.items():
                 kept.hold(values.get(name))

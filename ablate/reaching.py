@@ -7,6 +7,7 @@ references. Changing the weights of such a copy changes nothing, or half of the 
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
 import types
@@ -195,7 +196,9 @@ def _is_users(function: types.FunctionType) -> bool:
     return root != "torch" and root not in sys.stdlib_module_names - {"__main__"}
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """Returns the global names that code mentions, in functions within it, too."""
+@functools.cache
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Returns the globals that code reads, in functions within it, too; not attributes, which may be called alike."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return frozenset(own.union(*map(_names, inner)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ablate
 from ablate.closeness import gap, same
 from ablate.errors import GatingError
-from ablate.probe import Layout, find_layout, find_layout_of_pairs
+from ablate.layouts import Layout, find_layout, find_layout_of_pairs
 
 LOGITS = torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, 2.0]], dtype=torch.float64)
 MASKS = [float("-inf"), float("inf"), float("nan"), -1e9, torch.finfo(torch.float64).min]

@@ -233,6 +233,36 @@ def test_functions_that_hold_nothing_of_the_model_are_fine() -> None:
     assert not torch.equal(copied(INPUTS), model(INPUTS))
 
 
+wrapped = Net()  # a global of the name that Wrapper has for an attribute
+
+
+class Wrapper(nn.Module):
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.wrapped(x)
+        return logits
+
+
+class Global(Net):
+    def first(self, x: Tensor) -> Tensor:
+        y: Tensor = wrapped.a(x)
+        return y
+
+
+def test_a_global_is_told_from_an_attribute_of_its_name() -> None:
+    copy_of(Wrapper(wrapped))
+    model = Global()
+    model.a = wrapped.a
+    where = r"first of class Global \(a function that uses the global 'wrapped'\) holds"
+    copy_of(model)  # the layer that it shares is found by running: the global itself is none of its modules
+    model.inner = wrapped
+    with pytest.raises(GatingError, match=where):
+        copy_of(model)
+
+
 def _engine_says(model: nn.Module) -> str:
     index = ablate.ComponentIndex.from_model(model.eval())
     with pytest.raises(GatingError) as caught:
