@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.attention import NotImplementedInGatingError
+from ablate.buffers import written_buffers
 from ablate.closeness import gap, same
 from ablate.components import ComponentIndex
 from ablate.errors import DataError, GatingError
 from ablate.layouts import Layout, layout_of_all
+from ablate.network import describe_modules
 from ablate.recorder import Event, Recorder
 from ablate.routing import Routes, Steps
 from ablate.stack import Stack
@@ -60,6 +62,8 @@ class ProbeReport:
     cuts: dict[str, str] = field(default_factory=dict)  # what may cut gradients -> in which module
     logits: Tensor | None = None  # of the two examples
     in_pairs: bool = False  # a batch of one example loses its axis (`.squeeze()`): it is run as two of the same
+    code: dict[str, Any] = field(default_factory=dict)  # types and settings of modules, calls
+    rewritten: tuple[str, ...] = ()  # buffers that a forward writes
 
 
 @contextmanager
@@ -93,17 +97,21 @@ def probe(
     watched = watched_weights(model, index)
     inputs = telling(inputs)
     before = _random_state(inputs)
-    joint, stack, logits = _record(model, watched, inputs)
+    modules = describe_modules(model)
+    with written_buffers(model) as rewritten:
+        joint, stack, logits = _record(model, watched, inputs)
     draws = not torch.equal(before, _random_state(inputs))
     check(logits)
     for _ in range(RUNS_IF_RANDOM if draws else 1):
         steps = Steps()  # not of the first run, in which some models fill caches
-        _, other_stack, repeated = _record(model, watched, inputs, steps)
+        again, other_stack, repeated = _record(model, watched, inputs, steps)
         _require_same(stack, other_stack, logits, repeated)
     twice, (first, stack_a, logits_a), (second, stack_b, logits_b) = _one_by_one(model, watched, inputs)
     _require_independent(model, (logits, logits_a, logits_b), (stack, stack_a, stack_b))
 
     report = ProbeReport(strange=joint.strange, attention=joint.attention, logits=logits, in_pairs=twice)
+    report.rewritten = tuple(rewritten)
+    report.code = {**_lasting(modules, describe_modules(model)), **again.calls.describe()}
     report.uses, report.cuts = _uses(model, watched, inputs, steps, joint, (first, second), twice)
     report.folds = list(_foldable(model, joint, stack, logits))
     report.head = next(
@@ -127,6 +135,15 @@ def watched_weights(model: nn.Module, index: ComponentIndex) -> dict[str, Tensor
     """Returns the weights of an index by name."""
     parameters = dict(model.named_parameters())
     return {port.parameter: parameters[port.parameter] for port in index.ports}
+
+
+def _lasting(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Returns modules without the settings that a forward changed: counters, lengths of caches."""
+    settings = {
+        module: {name: value for name, value in found.items() if after["settings"].get(module, {}).get(name) == value}
+        for module, found in before["settings"].items()
+    }
+    return {**before, "settings": settings}
 
 
 def telling(inputs: Tensor) -> Tensor:
@@ -187,8 +204,9 @@ def _record(
     recorder = Recorder(watched, stack, touches=touches)
     version = inputs._version
     try:
+        modes = (recorder, recorder.calls, steps or nullcontext())
         with ExitStack() as within:
-            for context in (torch.no_grad(), no_fast_path(), stack.watching(), recorder, steps or nullcontext()):
+            for context in (torch.no_grad(), no_fast_path(), stack.watching(), *modes):
                 within.enter_context(context)
             logits = model(inputs)
     except NotImplementedInGatingError as error:

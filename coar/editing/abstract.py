@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate import AblateError, ModelMismatchError, Selection, model_hash, preserved_random_state
+from ablate.buffers import describe_weights, written_buffers
 from ablate.copying import copy_of, device_of
 from ablate.faithful import doubts
 from ablate.flow import seen_with
@@ -129,11 +130,14 @@ class Editor(ABC):
             tie(copy)  # what is one tensor trains as one
             doubt = doubts(model, copy, selection.sample((len(selection) + 1) // 2, seed=0), request.inputs[:2])
             returning_logits(copy, output_key, of_classes=True)
-            self._check_outputs(copy, request)
+            with written_buffers(copy) as rewritten:
+                self._check_outputs(copy, request)
             if doubt is not None:
                 raise doubt
             found = self.find(copy, selection, request, log)
         details = {**self.describe(), "log": log.summary(), **found.details}
+        if weights := describe_weights(model, rewritten):
+            details["model_weights"] = weights
         chosen = selection if found.selection is None else found.selection
         made = Edit(chosen, found.operation, 1.0, model_hash(model), self.title, details)
         return replace(made.measured(model), alpha=found.alpha)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate import Examples, model_hash, preserved_random_state
+from ablate.buffers import restored_buffers
 from ablate.copying import device_of
 from ablate.logits import OutputKey, class_logits, logits_of
 from ablate.progress import progress_bar
@@ -72,7 +73,7 @@ def predictions(
     device = device_of(model)
     dtype = _dtype(model)
     found = np.empty(len(examples), dtype=np.int64)
-    with preserved_random_state(), torch.no_grad():
+    with preserved_random_state(), restored_buffers(model), torch.no_grad():
         for start, inputs, targets in examples.chunks(batch_size):
             logits = logits_of(_run(model, examples.prepared(inputs.to(device), dtype)), output_key)
             found[start : start + len(targets)] = _classes(logits, examples, start, targets)
