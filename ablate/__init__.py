@@ -18,6 +18,7 @@ from ablate.engine import Engine as Engine
 from ablate.errors import AblateError as AblateError
 from ablate.errors import DataError as DataError
 from ablate.errors import GatingError as GatingError
+from ablate.errors import ImmutableError as ImmutableError
 from ablate.errors import KeepError as KeepError
 from ablate.errors import LabelError as LabelError
 from ablate.errors import LoadError as LoadError

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
-from typing import Any
+from functools import partial
 
 import numpy as np
 
-import stores
 from ablate.changed_data import what_changed
 from ablate.data import Examples
 from ablate.engine import Engine
 from ablate.errors import NonFiniteOutputError, SpecError
+from ablate.identity import Identity, campaign_identity, package_versions, require_same
 from ablate.keep import KeepPlan
 from ablate.spec import CampaignSpec
-from ablate.state import model_hash, preserved_random_state
+from ablate.state import preserved_random_state
 from ablate.working import Job, Sharing, Values, environment, work_through
-from stores import CampaignStore, StoreExistsError, StoreMismatchError, StoreNotFoundError
+from stores import CampaignStore, StoreExistsError, StoreNotFoundError
 from stores.compact import make_copies
 from stores.schema import Location
 from stores.worklog import LEASE_SECONDS
 
-VERSIONS_ADVICE = (
-    "Other versions may round differently. Install the stored ones, or go on all the same with accept_versions=True "
-    "(`--accept-versions`)."
-)
-PACKAGES = ("component-attribution", "torch", "numpy", "zarr")
+ADVICE = "Give the original back, or name another store for the new campaign."
 
 
 def run(
@@ -36,10 +31,11 @@ def run(
     *,
     progress: bool = True,
     accept_versions: bool = False,
+    accept_code: bool = False,
     worker: str | None = None,
     lease_seconds: float = LEASE_SECONDS,
     keep_going: bool = False,
-    retry_failed: bool = True,
+    retry_failed: bool | None = None,
 ) -> CampaignStore:
     """Runs a campaign into its store, block by block, and returns the store; a finished one is returned as it is.
 
@@ -52,10 +48,12 @@ def run(
       store: A path or zarr store object; None: the spec's `store`.
       progress: Show rows per second and time left on stderr.
       accept_versions: Go on with a store written by other versions of the packages: equal up to rounding.
+      accept_code: Go on with a store whose network was written in another way, if it computes the same: outputs of two
+        examples are compared.
       worker: "i/N": this is worker i (from 0) of N; only says at which block it begins. Any number may work at once.
       lease_seconds: After how long without a sign of life another worker's block is taken over.
       keep_going: Set blocks aside that failed three times, and go on with the others, instead of raising at the first.
-      retry_failed: Try blocks anew that were set aside by an earlier run.
+      retry_failed: Try blocks anew that were set aside by an earlier run; None: yes, but of several workers only 0.
 
     Returns:
       The store, complete, open for reading only.
@@ -82,62 +80,31 @@ def run(
         settings = spec.settings
         plan = KeepPlan(len(index), spec.settings.rows, settings.ablate_fraction, settings.seed)
         engine = spec.make_engine(model, index, examples)
-        identity = campaign_identity(model_hash(model), examples, plan, engine, settings.block_rows)
-        campaign = _open_or_create(place, spec, engine, identity, examples, plan, accept_versions)
+        identity = partial(campaign_identity, examples, plan, engine, settings.block_rows)
+        accepted = {"accept_versions": accept_versions, "accept_code": accept_code}
+        campaign = _open_or_create(place, spec, engine, identity, examples, plan, accepted)
         if campaign.missing_blocks():
             job = _job(campaign, engine, plan, examples)
-            work_through(campaign, job, environment(engine, identity["versions"]), sharing, progress)
+            work_through(campaign, job, environment(engine, package_versions()), sharing, progress)
     if settings.compact and worker is None:  # one of several would disturb the others' copies
         make_copies(place)
     return CampaignStore.open(place)
-
-
-def campaign_identity(
-    model: str, examples: Examples, plan: KeepPlan, engine: Engine, block_rows: int
-) -> dict[str, Any]:
-    """Returns what a store is bound to: a store resumed with a value that differs is refused, naming each."""
-    return {
-        **subject_identity(model, examples, engine),
-        "plan": plan.describe(),
-        "block_rows": min(block_rows, plan.rows),
-        "versions": package_versions(),
-    }
-
-
-def subject_identity(model: str, examples: Examples, engine: Engine) -> dict[str, Any]:
-    """Returns what is ablated and measured, of a model with this hash: what campaigns and estimates have in common."""
-    output = type(engine.output)
-    return {
-        "model": model,
-        "data": examples.hash,
-        "index": engine.index.hash,
-        "output": f"{engine.output.name} ({output.__module__}.{output.__qualname__})",
-        "ablation": engine.ablation.describe(),
-        "precision": engine.precision,
-        **({} if engine.output_key is None else {"output_key": engine.output_key}),
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide how numbers are rounded."""
-    return {package: version(package) for package in PACKAGES}
 
 
 def _open_or_create(
     place: Location,
     spec: CampaignSpec,
     engine: Engine,
-    identity: Mapping[str, Any],
+    identity: Identity,
     examples: Examples,
     plan: KeepPlan,
-    accept_versions: bool,
+    accepted: Mapping[str, bool],
 ) -> CampaignStore:
     try:
         campaign = CampaignStore.open(place, mode="r+")
     except StoreNotFoundError:
-        engine.check(examples)  # a model that cannot be run leaves no store behind
         header = {
-            "identity": dict(identity),
+            "identity": identity(True),  # a model that cannot be run leaves no store behind
             "spec": spec.describe(),
             "loadable": spec.loadable,
             "index": engine.index.to_json(),
@@ -153,17 +120,14 @@ def _open_or_create(
             )
         except StoreExistsError:  # another worker, started at the same moment, was first
             campaign = CampaignStore.open(place, mode="r+")
-    found = stores.differences(campaign.header.get("identity", {}), identity)
-    if accept_versions or not campaign.missing_blocks():  # nothing is left to round differently
-        found = [difference for difference in found if not difference.key.startswith("versions.")]
-    if found:
-        advice = "Give the original back, or name another store for the new campaign."
-        advice = f"{what_changed(campaign.examples, examples)} {advice}".lstrip()
-        if all(difference.key.startswith("versions.") for difference in found):
-            advice = VERSIONS_ADVICE
-        raise StoreMismatchError(f"Campaign {campaign.where}", found, advice)
-    if campaign.missing_blocks():
-        engine.check(examples)
+    require_same(
+        f"Campaign {campaign.where}",
+        campaign.header.get("identity", {}),
+        identity,
+        lambda: f"{what_changed(campaign.examples, examples)} {ADVICE}".lstrip(),
+        finished=not campaign.missing_blocks(),
+        **accepted,
+    )
     return campaign
 
 

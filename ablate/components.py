@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ablate.defaults import default_components
 from ablate.errors import AblateError, DataError, ModelMismatchError, SelectionError, UnknownNameError, nearest
 from ablate.flow import Flow, flow_of
+from ablate.immutable import Immutable
 from ablate.kinds import KINDS, STRUCTURAL, Anatomy
 from ablate.kinds import component_kinds as component_kinds
 from ablate.listing import BY_NAME, Listing, excluded_by_name
@@ -68,7 +69,7 @@ def _kinds_of(anatomy: Anatomy) -> list[str]:
     return [kind for kind, rule in KINDS.items() if any(rule(n, m, anatomy) for n, m in anatomy.modules.items())]
 
 
-class ComponentIndex:
+class ComponentIndex(Immutable):
     """The ordered table of all components of one model. Immutable; equal indices have equal hashes."""
 
     def __init__(self, ports: Sequence[Port], left_out: Sequence[tuple[str, int, int, str]] = ()) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ablate.errors import DataError
+from ablate.immutable import Immutable
 from ablate.labels import UNLABELLED, checked_targets, item_label
 from ablate.repeatable import FirstReads
 from ablate.state import preserved_random_state
@@ -26,14 +27,14 @@ UNLABELLED_GROUP = "unlabelled"  # of examples without labels, unless groups are
 MISSING = "Labels are missing: give targets, one integer per example, beside the inputs."
 
 
-class Examples:
+class Examples(Immutable):
     """Some examples of one data set, in a fixed order. Immutable.
 
     Args:
       inputs: A tensor or array (examples, ...), or a map-style `Dataset` whose items are (input, target).
       targets: Class labels (examples,), whole numbers, also as a column (examples, 1); or one target per token
         (examples, tokens), negative where there is nothing to score. None for a `Dataset`: read from its items, once.
-      ids: A distinct name per example; default: "0", "1", ...
+      ids: A distinct name per example; default: "0", "1", ... Bytes of file names that are no UTF-8 become digits.
       groups: The group of each example, for reports and edits; default: the label, or "text" for targets per token.
       normalize: For uint8 images (examples, channels, height, width): (mean, std) per channel, of pixels in [0, 1].
         `prepared` applies it, on whatever device a batch is: a quarter of the memory of float32.
@@ -63,10 +64,10 @@ class Examples:
                 targets = _labels(self._inputs)
         self.targets: Tensor = checked_targets(as_tensor(targets, "Targets"), lambda: _first_input(self._inputs))
         count = len(self.targets)
-        self.ids: tuple[str, ...] = tuple(map(str, range(count) if ids is None else ids))
+        self.ids: tuple[str, ...] = tuple(map(_readable, range(count) if ids is None else ids))
         if groups is None:
             groups = [TEXT_GROUP] * count if self.per_token else self.targets.tolist()
-        self.groups: tuple[str, ...] = tuple(map(str, groups))
+        self.groups: tuple[str, ...] = tuple(map(_readable, groups))
         lengths = {"inputs": _length(self._inputs), "targets": count, "ids": len(self.ids), "groups": len(self.groups)}
         if len(set(lengths.values())) != 1 or count == 0:
             raise DataError(
@@ -77,17 +78,14 @@ class Examples:
             raise DataError(
                 f"Ids must be distinct: {count - len(set(self.ids))} of {count} repeat another, the first is {again!r}."
             )
-        self._first_reads: FirstReads | None = None
-        if not isinstance(self._inputs, Tensor):
-            self._first_reads = FirstReads(partial(self._example, from_items), count, self._name)
-            if from_items:  # all items were read for their labels: a few more cost little
-                self._first_reads.try_out()
-        self.normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+        reads = FirstReads(partial(self._example, from_items), count, self._name)
+        self._first_reads = None if isinstance(self._inputs, Tensor) else reads
+        if self._first_reads is not None and from_items:  # all items were read for their labels: a few more cost little
+            self._first_reads.try_out()
+        self.normalize = None if normalize is None else _checked_normalize(normalize)
         self._statistics: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-        if normalize is not None:
-            self.normalize = _checked_normalize(normalize)
-            if isinstance(self._inputs, Tensor):
-                self._check_pixels(self._inputs)
+        if normalize is not None and isinstance(self._inputs, Tensor):
+            self._check_pixels(self._inputs)
 
     @classmethod
     def of(cls, data: Any, targets: Any = None, *, labelled: bool = True) -> Examples:
@@ -262,6 +260,15 @@ def _given(inputs: Any, alone: bool) -> Any:
             raise DataError(f"Inputs have different shapes, {shapes}: make them one shape, or give a data set.")
         return torch.stack(list(inputs))
     return as_tensor(inputs, "Inputs") if listed or isinstance(inputs, (Tensor, np.ndarray)) else inputs
+
+
+def _readable(name: object) -> str:
+    """Returns a name as text that can be stored and shown; a file's may hold bytes that are no UTF-8."""
+    text = str(name)
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a pair of UTF-16
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _length(data: Any) -> int:

@@ -32,9 +32,7 @@ def on_device(spec: CampaignSpec, device: str | None) -> CampaignSpec:
         return spec
     check_device_name(device)
     placed = PlacedSpec.__new__(PlacedSpec)
-    placed.__dict__.update(vars(spec))
-    placed._given = spec
-    placed.settings = spec.settings.model_copy(update={"device": device})
+    vars(placed).update({**vars(spec._with(device=device)), "_given": spec})
     return placed
 
 

@@ -34,6 +34,7 @@ from ablate.data import Examples
 from ablate.errors import DataError, GatingError, OutOfMemoryError, UnknownNameError
 from ablate.explain import explain
 from ablate.faithful import doubts
+from ablate.identity import ModelIdentity
 from ablate.logits import OutputKey, logits_alone
 from ablate.machine import ATTENTION, Machine, Speed, some_of_all
 from ablate.memory import MemoryPlan
@@ -43,7 +44,7 @@ from ablate.prefix import rows_without_one
 from ablate.probe import telling
 from ablate.running import Runner
 from ablate.sharing import require_apart, tie
-from ablate.state import neutral_ambient, preserved_random_state
+from ablate.state import named_tensors, neutral_ambient, preserved_random_state
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 MODES = ("auto", "weight", "activation")
@@ -144,8 +145,10 @@ class Engine:
         _require_real(model, index)
         require_apart(model, index)
         self._model = copy_of(model).eval().requires_grad_(False)
+        self._tensors = named_tensors(self._model)  # as the model names them: tied ones lose a name
         tie(self._model)
         self._live = model  # until it is proven that the copy does what the model does
+        self._identity: ModelIdentity | None = None
         self._runner: Runner | None = None
         self._placed: Placed | None = None
         if example_inputs is not None:
@@ -277,6 +280,14 @@ class Engine:
         return explain(self._machine)
 
     @_neutrally
+    def identity(self, inputs: Any, targets: Any = None) -> ModelIdentity:
+        """Returns what the model is: hashes of its tensors, its code. Checks it with two of these examples, once."""
+        examples = self._examples(inputs, targets)
+        with self._running():
+            self._ready(examples)
+        return self._identity  # type: ignore[return-value]  # made with the runner
+
+    @_neutrally
     def plan(self, inputs: Any, targets: Any = None) -> MemoryPlan:
         """Returns how much device memory calls on these examples take, measured on a few of them. Mutates nothing.
 
@@ -362,6 +373,8 @@ class Engine:
             )
         if doubt is not None:  # not raised before: the machine knows random models by name
             raise doubt
+        self._identity = ModelIdentity.of(self._model, self._tensors, machine.report)
+        self._tensors = {}
         measured = self._batch_size is None and self.device.type == "cuda"
         runner = Runner(machine, self.output, self.ablation.closed, self.batch_size, self.batch_size)
         runner.fit(self._memory_budget, *self._few(examples, runner), measured)

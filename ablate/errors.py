@@ -84,6 +84,13 @@ class NonFiniteOutputError(AblateError, ArithmeticError):
         )
 
 
+class ImmutableError(AblateError, AttributeError):
+    """An attribute of a value that never changes was to be changed."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"{kind}.{name} cannot be changed: a {kind} never changes. Make another one instead.")
+
+
 class SpecError(AblateError, ValueError):
     """Everything that is wrong with a campaign spec, in one message."""
 

@@ -1,8 +1,8 @@
 """Log lines of long work, one per event: text for people or JSON for programs, to a file or to stderr.
 
 The packages tell what happens through `logging` and configure nothing: without `log_to`, or handlers of your own on
-the loggers `ablate` and `stores`, nothing is shown. Events of the workers have an `event` and, where it applies,
-`worker`, `block`, `rows`, `seconds` and `why` as attributes of the record.
+the loggers `ablate`, `coar` and `stores`, nothing is shown. Events of the workers have an `event` and, where it
+applies, `worker`, `block`, `rows`, `seconds` and `why` as attributes of the record.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TextIO
 
 from ablate.errors import UnknownNameError
+from stores.places import user_path
 from stores.redact import redact
 
-LOGGERS = ("ablate", "stores")
+LOGGERS = ("ablate", "stores", "coar")
 STDERR = "-"
 _STANDARD = {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime", "taskName"}
 
-logging.getLogger("ablate").addHandler(logging.NullHandler())  # else Python itself would show warnings
+for _name in ("ablate", "coar"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())  # else Python itself would show warnings
 
 
 class JsonLines(logging.Formatter):
@@ -124,9 +125,11 @@ def _handler(target: str | os.PathLike[str] | TextIO) -> logging.Handler:
         return _Stream(target)
     if target == STDERR:
         return _Above()
-    path = Path(target)
+    path = user_path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _File(path, encoding="utf-8")  # appended to, so that several workers may share one
+    return _File(
+        path, encoding="utf-8", errors="backslashreplace"
+    )  # appended to, so that several workers may share one
 
 
 class _SaysOnce(logging.Handler):

@@ -6,8 +6,10 @@ language models take logits (examples, tokens, vocabulary) and a target per toke
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from ablate.errors import UnknownNameError
 from ablate.logits import class_logits
+from ablate.network import plain_settings
 
 
 class Output(ABC):
@@ -50,6 +53,20 @@ class Output(ABC):
         """Returns how many classes a label may be one of, for a result of this shape; None: labels are not checked."""
         known = self.per_token or (len(shape) == 2 and shape[1] >= 2)
         return int(shape[-1]) if known and self.needs_labels else None
+
+    def describe(self) -> dict[str, Any]:
+        """Returns its settings as a store records them, JSON-able: a store is refused to an output with others.
+
+        Those are its attributes, and those of its class: numbers, texts, functions, tensors by their hash, and so on.
+        """
+        kinds = type(self).__mro__[: type(self).__mro__.index(Output)]
+        values = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
+        own = {k: v for k, v in values.items() if not (k.startswith("_") or k in vars(Output) or _is_code(v))}
+        return plain_settings({k: v for k, v in {**own, **vars(self)}.items() if k != "name"}, tensors=True)
+
+
+def _is_code(value: Any) -> bool:
+    return inspect.isroutine(value) or isinstance(value, (property, staticmethod, classmethod))
 
 
 class ClassOutput(Output):

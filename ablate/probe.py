@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.attention import NotImplementedInGatingError
+from ablate.buffers import written_buffers
 from ablate.closeness import gap, same
 from ablate.components import ComponentIndex
 from ablate.errors import DataError, GatingError
 from ablate.layouts import Layout, layout_of_all
+from ablate.network import describe_modules
 from ablate.recorder import Event, Recorder
 from ablate.routing import Routes, Steps
 from ablate.stack import Stack
@@ -60,6 +62,8 @@ class ProbeReport:
     cuts: dict[str, str] = field(default_factory=dict)  # what may cut gradients -> in which module
     logits: Tensor | None = None  # of the two examples
     in_pairs: bool = False  # a batch of one example loses its axis (`.squeeze()`): it is run as two of the same
+    code: dict[str, Any] = field(default_factory=dict)  # types and settings of modules, calls
+    rewritten: tuple[str, ...] = ()  # buffers that a forward writes
 
 
 @contextmanager
@@ -95,6 +99,7 @@ def probe(
     runs = checked_runs(model, watched, inputs, check)
     (joint, stack, logits), (first, _, _), (second, _, _), twice = runs.both, runs.first, runs.second, runs.twice
     report = ProbeReport(strange=joint.strange, attention=joint.attention, logits=logits, in_pairs=twice)
+    report.rewritten, report.code = runs.rewritten, runs.code
     report.uses, report.cuts = _uses(model, watched, inputs, runs.steps, joint, (first, second), twice)
     report.folds = list(_foldable(model, joint, stack, logits))
     report.head = next(
@@ -110,7 +115,8 @@ Run = tuple[Recorder, Stack, Tensor]
 class CheckedRuns:
     """Runs on two examples: on both, and on either alone (or, where a batch of one loses its axis, `twice`).
 
-    `steps` are those of the last run on both.
+    `steps` are those of the last run on both; `rewritten` names the buffers that the first of them wrote, `code` says
+    what the model's modules are, and its calls in the last one.
     """
 
     both: Run
@@ -118,6 +124,8 @@ class CheckedRuns:
     second: Run
     twice: bool
     steps: Steps
+    rewritten: tuple[str, ...]
+    code: dict[str, Any]
 
 
 def checked_runs(
@@ -136,17 +144,20 @@ def checked_runs(
       tolerance: How far logits may differ between two examples together and alone, as a share of their size.
     """
     before = _random_state(inputs)
-    joint, stack, logits = _record(model, watched, inputs)
+    modules = describe_modules(model)
+    with written_buffers(model) as rewritten:
+        joint, stack, logits = _record(model, watched, inputs)
     draws = not torch.equal(before, _random_state(inputs))
     check(logits)
     for _ in range(RUNS_IF_RANDOM if draws else 1):
         steps = Steps()  # not of the first run, in which some models fill caches
-        _, other_stack, repeated = _record(model, watched, inputs, steps)
+        again, other_stack, repeated = _record(model, watched, inputs, steps)
         _require_same(stack, other_stack, logits, repeated)
     twice, first, second = _one_by_one(model, watched, inputs)
     three = (joint, stack, logits), first, second
     _require_independent(model, [run[2] for run in three], [run[1] for run in three], tolerance)
-    return CheckedRuns(*three, twice, steps)
+    code = {**_lasting(modules, describe_modules(model)), **again.calls.describe()}
+    return CheckedRuns(*three, twice, steps, tuple(rewritten), code)
 
 
 def look_again(model: nn.Module, index: ComponentIndex, inputs: Tensor) -> ProbeReport:
@@ -164,6 +175,15 @@ def watched_weights(model: nn.Module, index: ComponentIndex) -> dict[str, Tensor
     """Returns the weights of an index by name."""
     parameters = dict(model.named_parameters())
     return {port.parameter: parameters[port.parameter] for port in index.ports}
+
+
+def _lasting(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Returns modules without the settings that a forward changed: counters, lengths of caches."""
+    settings = {
+        module: {name: value for name, value in found.items() if after["settings"].get(module, {}).get(name) == value}
+        for module, found in before["settings"].items()
+    }
+    return {**before, "settings": settings}
 
 
 def telling(inputs: Tensor) -> Tensor:
@@ -224,8 +244,9 @@ def _record(
     recorder = Recorder(watched, stack, touches=touches)
     version = inputs._version
     try:
+        modes = (recorder, recorder.calls, steps or nullcontext())
         with ExitStack() as within:
-            for context in (torch.no_grad(), no_fast_path(), stack.watching(), recorder, steps or nullcontext()):
+            for context in (torch.no_grad(), no_fast_path(), stack.watching(), *modes):
                 within.enter_context(context)
             logits = model(inputs)
     except NotImplementedInGatingError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ablate.calls import Calls, name_of, tensors_in
 from ablate.routing import Routes
 from ablate.stack import Frame, Stack, version_of
 from ablate.uses import Op, Rows, UseMode
@@ -53,6 +54,7 @@ class Recorder(UseMode):
         super().__init__(watched)
         self._touches = touches
         self.stack = stack
+        self.calls = Calls(stack)
         self.routes = routes
         self.events: list[Event] = []
         self.strange: dict[str, str] = {}
@@ -86,11 +88,11 @@ class Recorder(UseMode):
         if self.routes is not None:
             self._follow(function, args)
         result = function(*args, **kwargs)
-        flat = list(_tensors((args, kwargs)))
-        if any(True for _ in _tensors(result)):
+        flat = list(tensors_in((args, kwargs)))
+        if any(True for _ in tensors_in(result)):
             for tensor in flat:
                 if id(tensor) in self.watched:
-                    name = _name_of(function)
+                    name = name_of(function)
                     where = self.stack.top.module or "the model itself"
                     self.strange.setdefault(self.watched[id(tensor)], f"{name} in {where!r}")
             self._consume(function, flat)
@@ -125,20 +127,3 @@ class Recorder(UseMode):
 def _equal(one: Tensor, two: Tensor) -> bool:
     """Returns whether values are the same, NaN where NaN was: `.data` and numpy write without a count."""
     return torch.equal(one, two) or bool(((one == two) | (two != two)).all())
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    """Returns what a user calls a function; an attribute like `weight.T` comes as the `__get__` of its descriptor."""
-    name = getattr(function, "__name__", str(function))
-    return f".{getattr(function.__self__, '__name__', '?')}" if name == "__get__" else name  # type: ignore[attr-defined]
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from _tensors(value)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ablate.errors import LoadError
 from ablate.logs import attached, facts_of
+from stores.places import user_path
 
 
 @contextmanager
@@ -28,8 +29,9 @@ def scalars_to(folder: str | os.PathLike[str]) -> Iterator[None]:
       OSError: The folder cannot be written.
     """
     writer_class = _writer_class()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with attached(_Curves(Path(folder), writer_class)):
+    place = user_path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    with attached(_Curves(place, writer_class)):
         yield
 
 

@@ -14,15 +14,14 @@ import pandas as pd
 
 from ablate.components import ComponentIndex
 from ablate.errors import SelectionError, UnknownNameError
+from ablate.immutable import Immutable
 
 JSON_FORMAT = "selection"
 JSON_VERSION = 1
 
 
-class Selection:
+class Selection(Immutable):
     """Some components of one index. Immutable: every operation returns a new selection."""
-
-    __slots__ = ("__dict__", "ids", "index")
 
     index: ComponentIndex
     ids: tuple[int, ...]

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from stores.places import user_path
 
 
 class Source(BaseModel):
     """A table with a `source`: the name of the loader, and what it needs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("path", "root", "checkpoint", "cache", "tokenizer", check_fields=False)
+    @classmethod
+    def _home(cls, value: Any) -> Any:
+        return str(user_path(value)) if isinstance(value, str) and value.startswith("~") else value
 
     @classmethod
     def tag(cls) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Annotated, Any
+from functools import cached_property
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import (
@@ -30,12 +31,13 @@ from ablate.data import Examples
 from ablate.engine import Engine
 from ablate.errors import SpecError
 from ablate.flow import seen_with
+from ablate.immutable import Immutable
 from ablate.loading import check_tokens, load_data, load_model
 from ablate.machine import Speed
 from ablate.outputs import Output, get_output
 from ablate.sources import AnyData, AnyModel, DataSource, ModelSource, OpenClipModel
 from ablate.spec_problems import FRACTION_TAGS, check_names, check_place, explain, short
-from stores.places import resolve
+from stores.places import is_remote, resolve, user_path
 from stores.schema import Location
 
 
@@ -71,7 +73,7 @@ def _one_or_several(value: Any) -> str:
 class _Settings(BaseModel):
     """The part of a spec that is the same in TOML and Python."""
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
 
     rows: int | None = Field(default=None, ge=1)
     passes: Any = 100
@@ -146,7 +148,7 @@ class _PythonSpec(_Settings):
     index: ComponentIndex | None = None
 
 
-class CampaignSpec:
+class CampaignSpec(Immutable):
     """A campaign: model, data, components, output, keep plan, and how to run it.
 
     Args:
@@ -193,7 +195,6 @@ class CampaignSpec:
             raise SpecError(where, problems)
         self.settings: _Settings = settings
         self._values: Any = settings
-        self._loaded: tuple[nn.Module, Examples] | None = None
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> CampaignSpec:
@@ -202,7 +203,7 @@ class CampaignSpec:
         Raises:
           SpecError: The file is missing, is no TOML, or has problems: all of them.
         """
-        file = Path(path)
+        file = user_path(path)
         try:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
@@ -230,23 +231,34 @@ class CampaignSpec:
         location = self.settings.store if store is None else store
         if location is None:
             return None
-        remote = isinstance(location, str) and "://" in location
-        return resolve(location, self.settings.storage if remote else None)
+        return resolve(location, self.settings.storage if is_remote(location) or store is None else None)
+
+    def with_storage(self, storage: Mapping[str, str | int | float | bool]) -> CampaignSpec:
+        """Returns the same campaign with these options of object storage before its own. Mutates nothing."""
+        return self._with(storage={**self.settings.storage, **storage})
+
+    def _with(self, **settings: Any) -> Self:
+        """Returns the same spec, of its own class, with other settings."""
+        changed = copy.copy(self)
+        vars(changed)["settings"] = self.settings.model_copy(update=settings)
+        return changed
 
     def load(self) -> tuple[nn.Module, Examples]:
         """Returns the model and the examples; loads them on the first call."""
-        if self._loaded is None:
-            model, data = self._values.model, self._values.data
-            transform = None
-            embeds = isinstance(model, OpenClipModel) and not model.has_classes
-            if isinstance(model, AnyModel):
-                model, transform = load_model(model)
-            if isinstance(data, AnyData):
-                data = load_data(data, transform, None if embeds else model)
-            examples = Examples.of(data, labelled=get_output(self.output).needs_labels)
-            check_tokens(model, examples)
-            self._loaded = model, examples
         return self._loaded
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, Examples]:
+        model, data = self._values.model, self._values.data
+        transform = None
+        embeds = isinstance(model, OpenClipModel) and not model.has_classes
+        if isinstance(model, AnyModel):
+            model, transform = load_model(model)
+        if isinstance(data, AnyData):
+            data = load_data(data, transform, None if embeds else model)
+        examples = Examples.of(data, labelled=get_output(self.output).needs_labels)
+        check_tokens(model, examples)
+        return model, examples
 
     def make_index(self, model: nn.Module) -> ComponentIndex:
         """Returns the component index the spec asks for."""

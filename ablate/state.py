@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ablate.ambient import neutral_ambient as neutral_ambient
 from ablate.ambient import no_tf32 as no_tf32
@@ -31,15 +31,32 @@ def preserved_random_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def model_hash(model: nn.Module) -> str:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a model's parameters and buffers by name, each tensor once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def model_hash(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
     """Returns the sha256 (hex) of every parameter's and buffer's name, dtype, shape and bytes. Mutates nothing.
+
+    Args:
+      model: The model.
+      leave_out: Names that do not count, e.g. of buffers that its forward writes.
 
     Cost: one copy of one tensor at a time to the CPU; about 0.6 s per GB.
     """
+    return hash_tensors({name: tensor for name, tensor in named_tensors(model).items() if name not in leave_out})
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the sha256 (hex) of every tensor's name, dtype, shape and bytes; cost as of `model_hash`."""
     hasher = hashlib.sha256()
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        value = tensor.detach().cpu().contiguous()
-        hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        hasher.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    for name, tensor in sorted(tensors.items()):
+        _add(hasher, name, tensor)
     return hasher.hexdigest()
+
+
+def _add(hasher: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    value = tensor.detach().cpu().contiguous()
+    hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+    hasher.update(value.reshape(-1).view(torch.uint8).numpy().data)

@@ -15,6 +15,7 @@ from ablate.data import Examples
 from ablate.errors import LoadError
 from ablate.loaders.checkpoints import load_weights
 from ablate.state import preserved_random_state
+from stores.places import user_path
 
 Model = TypeVar("Model", bound=nn.Module)
 BATCH = 64
@@ -63,7 +64,7 @@ def trained_or_cached(
     """
     from safetensors.torch import save_file
 
-    path = Path(cache) if cache is not None else None
+    path = user_path(cache) if cache is not None else None
     trained = {name: str(value) for name, value in settings.items()}
     with preserved_random_state():
         model = make()

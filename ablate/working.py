@@ -46,13 +46,22 @@ class Sharing:
 
     @classmethod
     def of(
-        cls, worker: str | None, lease_seconds: float = LEASE_SECONDS, keep_going: bool = False, retry: bool = True
+        cls,
+        worker: str | None,
+        lease_seconds: float = LEASE_SECONDS,
+        keep_going: bool = False,
+        retry: bool | None = None,
     ) -> Sharing:
-        """Returns it with a worker as the command line names it, "i/N" with i from 0; None is "0/1"."""
+        """Returns it with a worker as the command line names it, "i/N" with i from 0; None is "0/1".
+
+        `retry` None: worker 0 alone tries anew what was set aside, else the later ones would forget what the earlier
+        have just found out.
+        """
         if not 0 < lease_seconds <= LONGEST_LEASE:
             most = f"more than 0 and at most {LONGEST_LEASE:,.0f}"
             raise SpecError("Workers", [f"lease_seconds: got {lease_seconds}, expected {most}."])
-        return cls(parse_worker(worker), float(lease_seconds), keep_going, retry)
+        number = parse_worker(worker)
+        return cls(number, float(lease_seconds), keep_going, number[0] == 0 if retry is None else retry)
 
 
 class Store(Protocol):

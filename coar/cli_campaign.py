@@ -10,6 +10,8 @@ import ablate
 import coar
 from ablate.devices import on_device
 from coar.cli_common import (
+    AcceptCode,
+    AcceptVersions,
     CampaignPath,
     Json,
     MemoryGiB,
@@ -22,6 +24,7 @@ from coar.cli_common import (
 )
 from coar.cli_logs import Curves, LogFormat, LogLines, LogTarget, telling
 from coar.cli_spread import Outcome, open_campaign
+from coar.cli_storage import Storage, both_located, storage_options
 from coar.cli_workers import Workers, with_workers
 from coar.unablated import unablated_accuracy
 from stores.compact import make_copies
@@ -67,9 +70,9 @@ def run_campaign(
     spec: SpecFile,
     workers: Workers,
     store: Annotated[str | None, typer.Option(help="Where to store it; default: the spec's `store`.")] = None,
-    accept_versions: Annotated[
-        bool, typer.Option("--accept-versions", help="Go on with a store that other package versions wrote.")
-    ] = False,
+    accept_versions: AcceptVersions = False,
+    accept_code: AcceptCode = False,
+    storage: Storage = None,
     log: LogTarget = None,
     log_format: LogLines = LogFormat.text,
     tensorboard: Curves = None,
@@ -80,7 +83,7 @@ def run_campaign(
     Started several times at once, here or on many machines, the same command
     shares the work. A block that fails three times is set aside: exit code 3.
     """
-    loaded = ablate.CampaignSpec.from_file(spec)
+    loaded = ablate.CampaignSpec.from_file(spec).with_storage(storage_options(storage))
     place = store if store is not None else loaded.settings.store
     outcome = Outcome.HERE
     with telling(log, log_format, tensorboard, quiet):
@@ -94,7 +97,14 @@ def run_campaign(
                 make_copies(campaign.location)
         else:
             loaded = on_device(loaded, workers.device)
-            campaign = ablate.run(loaded, store, progress=not quiet, accept_versions=accept_versions, **workers.sharing)
+            campaign = ablate.run(
+                loaded,
+                store,
+                progress=not quiet,
+                accept_versions=accept_versions,
+                accept_code=accept_code,
+                **workers.sharing,
+            )
     say(f"Complete: {campaign.rows:,} rows x {campaign.example_count:,} examples in {campaign.where}")
 
 
@@ -116,14 +126,14 @@ def fit_campaign(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...: where the heavy products are computed.")] = "cpu",
     memory_gib: MemoryGiB = 2.0,
     overwrite: Overwrite = False,
+    storage: Storage = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Fit one linear attribution per example to a campaign's finished rows."""
     target = out if out is not None else f"{store.rstrip('/').removesuffix('.zarr')}-attributions.zarr"
     fitted = coar.fit(
-        store,
-        target,
+        *both_located(storage, store, target),
         method=method,  # type: ignore[arg-type]  # checked there
         ridge=ridge,
         ablate_fraction=ablate_fraction,

@@ -9,15 +9,16 @@ import typer
 import stores
 from ablate.progress import progress_bar
 from coar.cli_common import FAILED, Json, Quiet, print_json, say
+from coar.cli_storage import Storage, located
 from stores.care import Told
 
 AnyStore = Annotated[str, typer.Argument(metavar="STORE", help="A campaign or attribution store.")]
 
 
-def verify(store: AnyStore, quiet: Quiet = False, as_json: Json = False) -> None:
+def verify(store: AnyStore, storage: Storage = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """Read back everything in a store and name what is damaged; changes nothing. Exit code 1 if anything is."""
     with _Reading(not quiet) as told:
-        report = stores.verify(store, on_block=told)
+        report = stores.verify(located(storage, store), on_block=told)
     if as_json:
         print_json(report.as_dict())
     else:
@@ -29,12 +30,13 @@ def verify(store: AnyStore, quiet: Quiet = False, as_json: Json = False) -> None
 def repair(
     store: AnyStore,
     force: Annotated[bool, typer.Option("--force", help="Also while workers are at it.")] = False,
+    storage: Storage = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Forget the damaged blocks of a store; then run the same command again. Exit code 1 if some damage stays."""
     with _Reading(not quiet) as told:
-        done = stores.repair(store, force=force, on_block=told)
+        done = stores.repair(located(storage, store), force=force, on_block=told)
     if as_json:
         print_json(done.as_dict())
     else:
@@ -43,9 +45,9 @@ def repair(
         raise typer.Exit(FAILED)
 
 
-def migrate(store: AnyStore, as_json: Json = False) -> None:
+def migrate(store: AnyStore, storage: Storage = None, as_json: Json = False) -> None:
     """Bring a store that an older version wrote to this version's format. No number is changed."""
-    done = stores.migrate(store)
+    done = stores.migrate(located(storage, store))
     if as_json:
         print_json({"store": done.where, "before": done.before, "after": done.after})
     else:

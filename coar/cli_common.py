@@ -24,6 +24,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 RunCode = Annotated[
     bool, typer.Option("--run-code", help="Call the functions that the store names as factory. Only if you trust it.")
 ]
+AcceptVersions = Annotated[
+    bool, typer.Option("--accept-versions", help="Go on with a store that other package versions wrote.")
+]
+AcceptCode = Annotated[
+    bool,
+    typer.Option(
+        "--accept-code", help="Go on with a store whose network was written in another way, if it computes the same."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 # Ids and groups are the user's: no markup, no emoji in them.

@@ -18,6 +18,7 @@ from ablate.logits import OutputKey
 from coar.cli_common import Json, Quiet, print_json, records, say
 from coar.cli_edit_info import facts_of
 from coar.cli_edit_options import Wish, option_name, with_wish
+from coar.cli_storage import Storage, located, storage_options
 from coar.editing.coar_edit import predicted_change
 from coar.editing.edit import Edit
 from coar.editing.edit_spec import EditSpec, read_spec
@@ -54,6 +55,7 @@ def edit(
     explain: Annotated[
         str | None, typer.Option(metavar="NAME", help="Say what a method does, needs and takes, and stop.")
     ] = None,
+    storage: Storage = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -71,9 +73,9 @@ def edit(
             "give a spec (.toml) or an attribution store; --methods lists what can be done with it"
         )
     elif source.endswith(".toml"):
-        _edit_by_spec(source, wish, out, describe, quiet, as_json)
+        _edit_by_spec(source, wish, out, describe, storage, quiet, as_json)
     else:
-        _edit_by_store(source, wish, _required(out, describe), as_json)
+        _edit_by_store(source, wish, _required(out, describe), storage, as_json)
 
 
 def _required(out: Path | None, describe: bool) -> Path | None:
@@ -82,7 +84,7 @@ def _required(out: Path | None, describe: bool) -> Path | None:
     return out
 
 
-def _edit_by_store(source: str, wish: Wish, out: Path | None, as_json: bool) -> None:
+def _edit_by_store(source: str, wish: Wish, out: Path | None, storage: list[str] | None, as_json: bool) -> None:
     """COAR-Edit from attributions: no model is run."""
     if wish.method not in (None, "coar"):
         editor_class(str(wish.method))  # names what is nearest
@@ -93,7 +95,7 @@ def _edit_by_store(source: str, wish: Wish, out: Path | None, as_json: bool) -> 
     if others:
         names = ", ".join(option_name(name) for name in others)
         raise typer.BadParameter(f"{names}: only with a spec (.toml), which says how to run the model")
-    opened = coar.open_attributions(source)
+    opened = coar.open_attributions(located(storage, source))
     sets = []
     for positions, ids, groups in (
         (wish.target, wish.target_id, wish.target_group),
@@ -116,13 +118,25 @@ def _edit_by_store(source: str, wish: Wish, out: Path | None, as_json: bool) -> 
     say(f"{found!r}{_arrow(out)}. {predicted_change(details)}", found.describe())
 
 
-def _edit_by_spec(source: str, wish: Wish, out: Path | None, describe: bool, quiet: bool, as_json: bool) -> None:
+def _edit_by_spec(
+    source: str,
+    wish: Wish,
+    out: Path | None,
+    describe: bool,
+    storage: list[str] | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Any method, on the model and the data of a spec."""
     spec, asked = read_spec(source, wish.as_table())
     target = _required(out if out is not None or asked.out is None else Path(asked.out), describe)
     if asked.method is None:
         raise typer.BadParameter("give --method NAME, or method in the spec's table edit; --methods lists them")
-    editor = get_editor(asked.method, **_settings(asked, wish))
+    settings = _settings(asked, wish)
+    if isinstance(named := settings.get("attributions"), str):  # of coar
+        place = spec.with_storage(storage_options(storage)).place(named)
+        settings["attributions"] = coar.open_attributions(place or named)
+    editor = get_editor(asked.method, **settings)
     with ablate.preserved_random_state():
         loaded, examples = spec.load()
     model = _placed(loaded.eval(), spec.settings.device)

@@ -11,9 +11,10 @@ import ablate
 import coar
 from ablate.devices import on_device
 from ablate.errors import UnknownNameError
-from coar.cli_common import Json, MemoryGiB, Overwrite, Quiet, SpecFile, print_json, say
+from coar.cli_common import AcceptCode, AcceptVersions, Json, MemoryGiB, Overwrite, Quiet, SpecFile, print_json, say
 from coar.cli_logs import Curves, LogFormat, LogLines, LogTarget, telling
 from coar.cli_spread import Outcome, open_estimate
+from coar.cli_storage import Storage, storage_options
 from coar.cli_workers import Workers, with_workers
 from coar.estimators.abstract import Estimator
 from coar.estimators.registry import get_estimator
@@ -71,6 +72,9 @@ def estimate_spec(
     block_examples: Annotated[int, typer.Option(min=1, help="Most examples that are estimated together.")] = 256,
     memory_gib: MemoryGiB = 2.0,
     overwrite: Overwrite = False,
+    accept_versions: AcceptVersions = False,
+    accept_code: AcceptCode = False,
+    storage: Storage = None,
     log: LogTarget = None,
     log_format: LogLines = LogFormat.text,
     tensorboard: Curves = None,
@@ -85,14 +89,15 @@ def estimate_spec(
     """
     given = {"passes": passes, "tolerance": tolerance, "background": background, "forward_rows": forward_rows}
     settings = {name: value for name, value in given.items() if value is not None}
-    estimator, subject = _estimator(ablate.CampaignSpec.from_file(spec), str(spec), method, ablate_fraction, settings)
+    loaded = ablate.CampaignSpec.from_file(spec).with_storage(storage_options(storage))
+    estimator, subject = _estimator(loaded, str(spec), method, ablate_fraction, settings)
     target = out if out is not None else _estimate_store(spec, subject)
     with telling(log, log_format, tensorboard, quiet):
         outcome = workers.spread(spec, subject, target, open_estimate, (f"estimate ({method})", "example"), not quiet)
         if outcome is Outcome.SUBMITTED:
             return
         if outcome is Outcome.DONE:
-            found = coar.open_attributions(target)
+            found = coar.open_attributions(subject.place(target) or target)
         else:
             found = coar.estimate(
                 on_device(subject, workers.device),
@@ -102,6 +107,8 @@ def estimate_spec(
                 block_examples=block_examples,
                 memory=int(memory_gib * 2**30),
                 overwrite=overwrite,
+                accept_versions=accept_versions,
+                accept_code=accept_code,
                 progress=not quiet,
                 **workers.sharing,
             )
@@ -149,7 +156,8 @@ def _estimator(
                 f"tolerance is given beside {chosen['passes']} passes. Give it with --passes auto only."
             )
     estimator = get_estimator(method, **settings)
-    return estimator, ablate.CampaignSpec.from_dict({**spec.describe(), **chosen}, where)
+    same = ablate.CampaignSpec.from_dict({**spec.describe(), **chosen}, where)
+    return estimator, same.with_storage(spec.settings.storage)
 
 
 def _estimate_store(path: Path, spec: ablate.CampaignSpec) -> str:

@@ -10,6 +10,7 @@ import typer
 import coar
 from coar.attributions import OTHER_UNITS
 from coar.cli_common import AttributionsPath, Json, Quiet, print_json, say
+from coar.cli_storage import Storage, located
 from coar.interchange import InterchangeError, export, import_attributions, import_campaign
 from coar.interchange.exporting import sidecar
 from coar.interchange.incumbent import MASKS
@@ -29,10 +30,11 @@ def export_attributions(
         int | None, typer.Option("-k", help="parquet and csv: only the k strongest components of each example.")
     ] = None,
     overwrite: Replace = False,
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Write attributions as Parquet, NPZ, CSV, or .pt as the published code has it."""
-    path = export(attributions, out, format, k=k, overwrite=overwrite)  # type: ignore[arg-type]  # checked there
+    path = export(located(storage, attributions), out, format, k=k, overwrite=overwrite)  # type: ignore[arg-type]  # checked there
     beside = [other for name in ("components", "examples") if (other := sidecar(path, name)).exists()]
     written = [path, *(beside if path.suffix in (".parquet", ".csv") else [])]
     sizes = {str(file): file.stat().st_size for file in written}
@@ -96,6 +98,7 @@ def import_files(
         bool, typer.Option("--assume-completed", help="Of a folder without _completed.npy: take all rows.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other attributions.")] = False,
+    storage: Storage = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -103,6 +106,7 @@ def import_files(
     about: dict[str, Any] = {"spec": spec, "components": components, "examples": examples, "output": output}
     fraction = _fraction(ablate_fraction)
     about |= {"true_means": true_means, "ablate_fraction": fraction, "on_nan": on_nan, "progress": not quiet}
+    place = located(storage, out)
     if (source / MASKS).exists():
         if overwrite:
             raise InterchangeError("--overwrite is for attributions only: delete a campaign yourself, or name another.")
@@ -111,7 +115,7 @@ def import_files(
                 f"{source} is a campaign: its outputs have their own units, and its masks say what was ablated. Leave "
                 "out --not-standardised and --ablate-fraction unknown."
             )
-        campaign = import_campaign(source, out, margins=margins, assume_completed=assume_completed, **about)
+        campaign = import_campaign(source, place, margins=margins, assume_completed=assume_completed, **about)
         identity = campaign.header["identity"]
         facts = {
             "store": out,
@@ -134,7 +138,7 @@ def import_files(
                 f"--margins and --assume-completed are for a folder with {MASKS}, and {source} has none."
             )
         found: coar.Attributions = import_attributions(
-            source, out, overwrite=overwrite, standardised=not not_standardised, **about
+            source, place, overwrite=overwrite, standardised=not not_standardised, **about
         )
         width, dropped = found.store.component_count, found.header["identity"]["imported"].get("drop", 0)
         facts = {"store": out, "kind": "attributions", "examples": len(found), "components": width}

@@ -8,6 +8,7 @@ import typer
 
 from ablate.progress import progress_bar
 from coar.cli_common import Json, MemoryGiB, Quiet, print_json, say
+from coar.cli_storage import Storage, located
 from stores.compact import make_copies, remove_copies
 
 
@@ -19,6 +20,7 @@ def compact(
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove all copies instead; the data stays.")] = False,
     memory_gib: MemoryGiB = 1.0,
+    storage: Storage = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -27,8 +29,9 @@ def compact(
     A row is all of one example's attributions, or one keep-vector's outputs; a column is all examples of one component,
     or all outputs of one example. The data stays as it is and is what everything else reads; it is checked first.
     """
+    place = located(storage, store)
     if remove:
-        count = remove_copies(store)
+        count = remove_copies(place)
         if as_json:
             print_json({"store": store, "removed": count})
         else:
@@ -42,7 +45,7 @@ def compact(
             bar.total = total
             bar.update(done - bar.n)
 
-        made = make_copies(store, kinds, memory=int(memory_gib * 2**30), on_bytes=told)
+        made = make_copies(place, kinds, memory=int(memory_gib * 2**30), on_bytes=told)
     if as_json:
         print_json({"store": store, "copies": [vars(copy) for copy in made]})
         return

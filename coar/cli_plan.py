@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from ablate import CampaignSpec
 from coar.cli_common import Json, SpecFile, print_json, say
+from coar.cli_storage import Storage, storage_options
 from coar.planning import SECONDS, plan
 
 
@@ -24,6 +26,7 @@ def plan_spec(
     seconds: Annotated[
         float, typer.Option(min=0.1, max=3600, help="About how long passes are timed, on a CPU.")
     ] = SECONDS,
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Say what a spec would cost and how good it may get, by regression and by gradients.
@@ -31,7 +34,8 @@ def plan_spec(
     Runs nothing but a few timed passes on this machine, and writes nothing.
     Where stores of the spec exist, it says what is left to do.
     """
-    found = plan(spec, store=store, workers=workers, target=target, seconds=seconds)
+    loaded = CampaignSpec.from_file(spec).with_storage(storage_options(storage))
+    found = plan(loaded, store=store, workers=workers, target=target, seconds=seconds)
     if as_json:
         print_json(found.as_dict())
     else:

@@ -11,6 +11,7 @@ import ablate
 import coar
 from coar import plots
 from coar.cli_common import AttributionsPath, Json, RunCode, print_json, records, say
+from coar.cli_storage import Storage, both_located, located
 from coar.demo import ablation_curve
 from coar.reload import reload_engine
 from coar.report import edit_section, provenance_section, quality_section, write_report
@@ -24,10 +25,11 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Must differ from that of the campaign or estimate.")] = 1_000_003,
     run_code: RunCode = False,
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Judge attributions on fresh keep-vectors: correlation of predicted with true outputs."""
-    opened = coar.open_attributions(attributions)
+    opened = coar.open_attributions(located(storage, attributions))
     engine, examples = reload_engine(opened, run_code=run_code)
     result = coar.evaluate(opened, engine, examples, rows=rows, ablate_fraction=ablate_fraction or None, seed=seed)
     if as_json:
@@ -50,10 +52,11 @@ def top(
     sign: Annotated[str, typer.Option(help="both, positive or negative.")] = "both",
     figure: Annotated[Path | None, typer.Option(help="Write a figure; runs the model on this example.")] = None,
     run_code: RunCode = False,
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Show the components that matter most to one example."""
-    opened = coar.open_attributions(attributions)
+    opened = coar.open_attributions(located(storage, attributions))
     position = _position(opened, example, name)
     if figure is not None and figure.suffix.removeprefix(".") not in plots.formats():
         raise typer.BadParameter(f"--figure is {figure}; its name must end in one of .{', .'.join(plots.formats())}")
@@ -74,10 +77,11 @@ def nearest(
     example: Annotated[int | None, typer.Option(help="Position of the example.")] = None,
     name: Annotated[str | None, typer.Option("--id", help="Id of the example.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many examples.")] = 5,
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Show the examples whose attributions are most similar to one example's, by cosine."""
-    opened = coar.open_attributions(attributions)
+    opened = coar.open_attributions(located(storage, attributions))
     position = _position(opened, example, name)
     table = opened.nearest(position, k)
     if as_json:
@@ -90,10 +94,11 @@ def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="An attribution store.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one, of the same components.")],
     k: Annotated[int | None, typer.Option("-k", help="Size of the tops that are compared; default: 20.")] = None,
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Show how far two attribution stores agree, on the examples both have."""
-    found = coar.compare(coar.open_attributions(a), coar.open_attributions(b), k=k)
+    found = coar.compare(*map(coar.open_attributions, both_located(storage, a, b)), k=k)
     if as_json:
         measures = records(found.summary())
         differences = [str(difference) for difference in found.differences]
@@ -108,9 +113,10 @@ def report(
     attributions: AttributionsPath,
     out: Annotated[Path, typer.Option(help="Where to write the report (.html).")],
     edit_file: Annotated[Path | None, typer.Option("--edit", help="An edit to describe.")] = None,
+    storage: Storage = None,
 ) -> None:
     """Write a self-contained HTML report: quality, layers, the edit, spec and hashes."""
-    opened = coar.open_attributions(attributions)
+    opened = coar.open_attributions(located(storage, attributions))
     sections = [quality_section(opened)]
     if edit_file is not None:
         found = coar.load_edit(edit_file)

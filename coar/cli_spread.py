@@ -28,6 +28,7 @@ from ablate.supervising import View, WorkersError, supervise
 from coar.cli_common import say
 from stores import AttributionStore, CampaignStore, StoreNotFoundError
 from stores.blocks import Blocks
+from stores.places import user_path
 from stores.worklog import WorkLog
 
 if TYPE_CHECKING:
@@ -215,4 +216,4 @@ def _folder_beside(store: str) -> Path:
     plain = store.rstrip("/").removesuffix(".zarr")
     if "://" in store:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", plain.partition("://")[2]).strip("-.") or "coar"
-    return Path(f"{plain}.slurm")
+    return user_path(f"{plain}.slurm")

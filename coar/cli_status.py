@@ -17,6 +17,7 @@ from rich.text import Text
 from ablate.progress import short_number
 from ablate.status import ALIVE, LOST, SILENT, FailedBlock, Status, Watch, WorkerStatus
 from coar.cli_common import FAILED, NOT_FINISHED, Json, print_json, say
+from coar.cli_storage import Storage, located
 
 MOST_LINES = 20  # of workers or failed blocks that are listed; --json has them all
 ENDED, STOPPED = "ended", "stopped"
@@ -26,12 +27,14 @@ Following = Annotated[bool, typer.Option("--watch", help="Look again and again, 
 Every = Annotated[float, typer.Option(min=0.1, help="For --watch: seconds between two looks.")]
 
 
-def status(store: AnyStore, watch: Following = False, every: Every = 2.0, as_json: Json = False) -> None:
+def status(
+    store: AnyStore, watch: Following = False, every: Every = 2.0, storage: Storage = None, as_json: Json = False
+) -> None:
     """Show how far a campaign or an estimate is: blocks, workers, speed, time and cost left, failures.
 
     Exit codes: 0 complete, 3 not finished (or blocks were set aside), 1 damaged.
     """
-    watching = Watch(store)
+    watching = Watch(located(storage, store))
     if watch:
         found = _follow(watching, every, as_json)
     else:

@@ -140,14 +140,11 @@ class WorkerFlags:
     @property
     def sharing(self) -> dict[str, Any]:
         """Returns the arguments of `ablate.run` and `coar.estimate` that say how one process works beside others."""
-        retry = self.retry_failed
-        if retry is None:
-            retry = parse_worker(self.worker)[0] == 0
         return {
             "worker": self.worker,
             "lease_seconds": self.lease_seconds,
             "keep_going": True,
-            "retry_failed": retry,
+            "retry_failed": self.retry_failed,
         }
 
     @property

@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-import stores
+from ablate.identity import compared
 from coar.attributions import Attributions
 from coar.calibration import standardised
 from coar.errors import QueryError
 from coar.evaluate import correlation, mean_interval, rank_correlation
+from stores import Difference
 
 TOP = 20
 BEYOND = 2.0  # combined standard errors: a difference that chance makes in one of 22 components
@@ -41,7 +42,7 @@ class Comparison:
     sizes: tuple[int, int]
     k: int
     examples: pd.DataFrame
-    differences: tuple[stores.Difference, ...]
+    differences: tuple[Difference, ...]
     _components: pd.DataFrame
 
     def __repr__(self) -> str:
@@ -117,7 +118,7 @@ def compare(a: Attributions, b: Attributions, *, k: int | None = None) -> Compar
         (len(a), len(b)),
         k,
         pd.concat([matched, measures], axis=1),
-        tuple(stores.differences(a.header["identity"], b.header["identity"])),
+        tuple(compared(a.header["identity"], b.header["identity"])),
         _per_component(a, sums, len(matched)),
     )
 

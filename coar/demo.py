@@ -28,6 +28,7 @@ from coar.estimators.regression import fit
 from coar.evaluate import Evaluation, evaluate
 from coar.metrics import GroupAccuracy, group_accuracy
 from coar.report import Section, edit_section, provenance_section, quality_section, write_report
+from stores.places import user_path
 
 EDIT_SIZES = tuple(range(0, 81, 5))
 CURVE_LENGTH = 20
@@ -53,14 +54,14 @@ def demo_spec(out: str | os.PathLike[str] = "runs/demo", seed: int = 0) -> Campa
     """Returns the spec in `coar/demo.toml`, for another folder or seed if asked."""
     values = tomllib.loads(files("coar").joinpath("demo.toml").read_text(encoding="utf-8"))
     values["seed"] = values["model"]["seed"] = values["data"]["seed"] = seed
-    values["store"] = str(Path(out) / "campaign.zarr")
-    values["model"]["cache"] = str(Path(out) / "model.safetensors")
+    values["store"] = str(user_path(out) / "campaign.zarr")
+    values["model"]["cache"] = str(user_path(out) / "model.safetensors")
     return CampaignSpec(where="coar/demo.toml", **values)
 
 
 def run_demo(out: str | os.PathLike[str], seed: int, say: Say, progress: bool = True) -> DemoResult:
     """Runs the main job into the folder `out`, reusing what is finished there, and returns what it found."""
-    folder, timings = Path(out), dict[str, float]()
+    folder, timings = user_path(out), dict[str, float]()
     with _timed(timings, "train or load the model"):
         spec = demo_spec(out, seed)
         model, examples = spec.load()

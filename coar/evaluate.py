@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from ablate import Engine, Examples, KeepPlan
 from coar.attributions import Attributions
 from coar.errors import QueryError
+from coar.same_subject import engine_differences, output_name, told
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -246,7 +247,7 @@ def evaluate(
 
     Args:
       attributions: What is judged.
-      engine: The model, with the same index and output.
+      engine: The same model, index, output and ablation.
       examples: All examples of the attributions, in their order.
       rows: Number of fresh keep-vectors per ablate fraction.
       ablate_fraction: Share of components ablated, or several (`ABLATE_FRACTIONS` are customary); None: what the
@@ -265,6 +266,7 @@ def evaluate(
     fitted_at = attributions.header["identity"]["of"]["plan"]["ablate_fraction"]
     fractions = _as_fractions(fitted_at if ablate_fraction is None else ablate_fraction)
     plans = [KeepPlan(len(engine.index), rows, fraction, seed) for fraction in fractions]  # all checked before any runs
+    _check_engine(attributions, engine, examples)
     found = []
     for fraction, plan in zip(fractions, plans, strict=True):
         keep = plan.take(0, rows)
@@ -291,10 +293,20 @@ def _check_subject(attributions: Attributions, engine: Engine, examples: Example
         raise QueryError(f"A correlation needs at least 2 keep-vectors, got rows={rows}.")
     if engine.index != attributions.index:
         raise QueryError(f"The engine has index {engine.index.hash[:12]}, the attributions {of['index'][:12]}.")
-    if engine.output.name != of["output"].split()[0]:
+    if engine.output.name != output_name(of):
         raise QueryError(f"The engine's output is {engine.output.name}, the attributions are of {of['output']}.")
     if examples.hash != of["data"]:
         raise QueryError(
             f"These {len(examples):,} examples are not the {len(attributions):,} of the attributions (data hash "
             f"{examples.hash[:12]}, expected {of['data'][:12]}). Give all of them, in the campaign's order."
+        )
+
+
+def _check_engine(attributions: Attributions, engine: Engine, examples: Examples) -> None:
+    """Raises QueryError, naming each key, unless the engine is of the model and ablation of the attributions."""
+    found = engine_differences(attributions.header["identity"]["of"], engine, examples)
+    if found:
+        raise QueryError(
+            f"The engine measures something else than the attributions are about. What differs (attributions -> "
+            f"engine):\n{told(found)}\nGive an engine of the same model, index, output and ablation."
         )

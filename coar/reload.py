@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ablate import CampaignSpec, Engine, Examples, model_hash, preserved_random_state
+from ablate import CampaignSpec, Engine, Examples, preserved_random_state
 from ablate.changed_data import what_changed
 from coar.attributions import Attributions
 from coar.errors import QueryError
+from coar.same_subject import model_differences
 from stores import StoreMismatchError, differences
 
 
@@ -49,12 +50,15 @@ def reload_engine(attributions: Attributions, *, run_code: bool = False) -> tupl
     with preserved_random_state():
         model, examples = spec.load()
     of = header["identity"]["of"]
-    found = differences({"model": of["model"], "data": of["data"]}, {"model": model_hash(model), "data": examples.hash})
+    engine = spec.make_engine(model, attributions.index, examples)
+    found = [*differences({"data": of["data"]}, {"data": examples.hash}), *model_differences(of, model)]
     if found:
         why = what_changed(attributions.store.examples, examples)
-        advice = f"{why} The checkpoint or data file has changed since. Restore the original.".lstrip()
+        code = all(difference.key.startswith("code.") for difference in found)
+        changed = "code of the network" if code else "checkpoint or data file"
+        advice = f"{why} The {changed} has changed since. Restore the original.".lstrip()
         raise StoreMismatchError(attributions.store.where, found, advice)
-    return spec.make_engine(model, attributions.index), examples
+    return engine, examples
 
 
 def _named_functions(spec: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from coar import plots
 from coar.attributions import OTHER_UNITS, Attributions
 from coar.editing.coar_edit import predicted_change
 from coar.editing.edit import Edit
+from stores.places import user_path
 
 _NOTHING_SAMPLED = (
     "Standard errors are zero, as this method samples nothing: they say nothing of how far its weights are from the "
@@ -66,7 +67,7 @@ def write_report(path: str | os.PathLike[str], title: str, lead: str, sections: 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(files("coar").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(title=title, lead=lead, sections=[_render(section) for section in sections])
-    target = Path(path)
+    target = user_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.draft")
     draft.write_text(page, encoding="utf-8")

@@ -23,6 +23,8 @@ from zarr.storage import LocalStore
 from stores.errors import StoreError
 
 AT_ONCE = 32  # small objects that are read at the same time
+FOREIGN = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory", ".localized"}
+FOREIGN_BEGINNINGS = ("._", ".nfs", ".fuse_hidden", ".smb", ".sync-", ".Spotlight-", ".Trashes", ".fseventsd")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -70,7 +72,10 @@ def delete(store: Store, key: str) -> None:
 
 
 def names(store: Store, prefix: str) -> list[str]:
-    """Returns the names of the objects directly below a prefix, in order; without what a killed write leaves."""
+    """Returns the names of the objects directly below a prefix, in order.
+
+    Without what a killed write leaves, and what desktops and file systems put into any folder.
+    """
 
     async def collect() -> list[str]:
         try:
@@ -78,7 +83,12 @@ def names(store: Store, prefix: str) -> list[str]:
         except FileNotFoundError:
             return []
 
-    return sorted(name for name in sync(collect()) if not name.endswith(".partial"))
+    return sorted(name for name in sync(collect()) if not name.endswith(".partial") and not is_foreign(name))
+
+
+def is_foreign(name: str) -> bool:
+    """Returns whether a file is none of a store's, but one that macOS, Windows or NFS puts into any folder."""
+    return name in FOREIGN or name.startswith(FOREIGN_BEGINNINGS)
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:

@@ -136,13 +136,23 @@ def resolve(location: Location, storage: Mapping[str, Any] | None = None) -> Pat
         return RemoteStore(location.store, url=url, server=server, read_only=location.read_only)
     scheme, rest = _split(location)
     if scheme is None:
-        return Path(location)
+        return user_path(location)
     if scheme == "file":
         return Path(unquote(urlsplit(os.fspath(location)).path))
     if scheme == "memory":
         name = rest.strip("/")
         return _memories.setdefault(name, NamedMemory(url=f"memory://{name}"))
     return _remote(scheme, rest, dict(storage or {}))
+
+
+def is_remote(location: Location) -> bool:
+    """Returns whether a place is a URL of object storage, to which storage options belong."""
+    return not isinstance(location, Store) and _split(location)[0] in _SERVICES
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Returns a path as a user wrote it, `~` at its beginning as the home folder, as a shell would have it."""
+    return Path(os.path.expanduser(path))
 
 
 def describe(location: Location) -> str:

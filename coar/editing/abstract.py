@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate import ModelMismatchError, Selection, model_hash, preserved_random_state
+from ablate.buffers import describe_weights, written_buffers
 from ablate.copying import copy_of, device_of
 from ablate.faithful import doubts
 from ablate.flow import seen_with
@@ -144,13 +145,16 @@ class Editor(ABC):
             lifted = is_half(copy) and not self.exact_in_half
             if lifted:
                 request = request.fitting(lift(copy))
-            self._check_outputs(copy, request)
+            with written_buffers(copy) as rewritten:
+                self._check_outputs(copy, request)
             if doubt is not None:
                 raise doubt
             found = self.find(copy, selection, request, log)
             chosen = selection if found.selection is None else found.selection
             made = Edit(chosen, found.operation, 1.0, model_hash(model), self.title).measured(model)
             details = {**self.describe(), **found.details}
+            if weights := describe_weights(model, rewritten):
+                details["model_weights"] = weights
             if lifted:
                 details["rounding"] = rounding(made, model)
                 log.why = "; ".join(filter(None, (log.why, words(details["rounding"]))))

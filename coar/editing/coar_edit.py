@@ -7,7 +7,7 @@ examples; ablate the k smallest to raise the target's output relative to the ref
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,13 +15,14 @@ import numpy.typing as npt
 import pandas as pd
 from torch import Tensor
 
-from ablate import ComponentIndex, Engine, Margin, Selection
+from ablate import ComponentIndex, Engine, Examples, Margin, Selection
 from ablate.outputs import predictions_correct
 from coar.attributions import OTHER_UNITS, Attributions
 from coar.editing.edit import Edit
 from coar.editing.given import ExamplesLike, as_examples, as_positions
 from coar.errors import EditError
 from coar.metrics import group_accuracy
+from coar.same_subject import engine_differences, told
 
 Direction = Literal["raise", "lower"]
 Statistic = Literal["t", "difference"]
@@ -90,10 +91,11 @@ class Ranking:
       scores: The statistic of each, in the same order.
       direction: `raise` or `lower`: what ablating does to the target's output, relative to the reference's.
       target_weights, reference_weights: Mean attribution of each, in the same order: what ablating takes away.
-      base: Hash of the model's weights.
+      base: Hash of the model's weights; "" where it is not known.
       target, reference: Positions of the examples that were compared.
       in_output_units: Whether the attributions are in units of the output: else no change of it is predicted.
       statistic: What the scores are: `t`, or `difference` of the means where there is no variance to divide by.
+      of: What the attributions are about, as far as it is known.
     """
 
     index: ComponentIndex
@@ -107,6 +109,23 @@ class Ranking:
     reference: tuple[int, ...]
     in_output_units: bool = True
     statistic: Statistic = "t"
+    of: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def require_engine(self, engine: Engine, examples: Examples) -> None:
+        """Raises EditError, naming each key, unless an engine is of the model, output and ablation of this ranking."""
+        if engine.index != self.index:
+            raise EditError(f"The engine has index {engine.index.hash[:12]}, the ranking {self.index.hash[:12]}.")
+        if not isinstance(engine.output, Margin):
+            raise EditError(
+                f"The engine's output is {engine.output.name!r}, expected 'margin': accuracy is margin > 0."
+            )
+        about = {key: value for key, value in self.of.items() if key not in ("output", "output_settings")}
+        found = engine_differences({"model": self.base or None, **about}, engine, examples)
+        if found:
+            raise EditError(
+                f"The engine runs something else than the ranking is about. What differs (ranking -> engine):\n"
+                f"{told(found)}\nGive an engine of the same, unedited model and ablation."
+            )
 
     def within(self, selection: Selection) -> Ranking:
         """Returns this ranking of some components only: the others are never ablated.
@@ -152,6 +171,8 @@ class Ranking:
             details["predicted_change_reference"] = -float(self.reference_weights[:k].sum())
         else:
             details["weights"] = OTHER_UNITS
+        if self.of.get("weights"):
+            details["model_weights"] = self.of["weights"]
         return Edit(self.index.select(self.ids[:k]), base=self.base, method="COAR-Edit", details=details)
 
 
@@ -196,6 +217,7 @@ def rank_components(
         target=target,
         reference=reference,
         ddof=ddof,
+        of=attributions.header["identity"]["of"],
     )
     return replace(ranking, in_output_units=attributions.in_output_units)
 
@@ -221,6 +243,7 @@ def rank_weights(
     target: Sequence[int],
     reference: Sequence[int],
     ddof: int = 0,
+    of: Mapping[str, Any] | None = None,
 ) -> Ranking:
     """Returns the order in which COAR-Edit ablates the components, from attributions as arrays. Mutates nothing.
 
@@ -228,12 +251,13 @@ def rank_weights(
       index: Of the components.
       target_weights, reference_weights: (examples, components).
       direction: `raise` or `lower` the target's output.
-      base: Hash of the model's weights.
+      base: Hash of the model's weights; "" where it is not known.
       target, reference: Positions of the examples, to be noted.
       ddof: As for `coar_scores`.
 
     Raises:
       EditError: What `coar_scores` raises, or no component's mean differs.
+      of: What the attributions are about, if they are from a store: engines are compared with it.
     """
     t, r = np.asarray(target_weights, dtype=np.float64), np.asarray(reference_weights, dtype=np.float64)
     scores, statistic = _scored(t, r, ddof)
@@ -254,6 +278,7 @@ def rank_weights(
         target=tuple(int(p) for p in target),
         reference=tuple(int(p) for p in reference),
         statistic=statistic,
+        of=dict(of or {}),
     )
 
 
@@ -298,10 +323,7 @@ def sweep_edit_size(ranking: Ranking, engine: Engine, examples: ExamplesLike, si
     Cost: one forward pass over the examples per k.
     """
     examples = as_examples(examples, "examples")
-    if engine.index != ranking.index:
-        raise EditError(f"The engine has index {engine.index.hash[:12]}, the ranking {ranking.index.hash[:12]}.")
-    if not isinstance(engine.output, Margin):
-        raise EditError(f"The engine's output is {engine.output.name!r}, expected 'margin': accuracy is margin > 0.")
+    ranking.require_engine(engine, examples)
     for k in sizes:
         if not 0 <= k <= len(ranking.ids):
             raise EditError(f"k is {k}, expected 0 to {len(ranking.ids)}.")

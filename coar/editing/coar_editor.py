@@ -25,6 +25,7 @@ from coar.editing.running import BATCH
 from coar.errors import EditError, EditMismatchError
 from coar.estimators.estimate import estimate
 from coar.metrics.admission import CAP
+from coar.same_subject import model_differences, told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,11 +188,11 @@ class COAREditor(Editor):
         if self.attributions is None:
             return self._estimated(model, selection, target, reference, log)
         opened = _opened(self.attributions)
-        made_for, found = opened.header["identity"]["of"]["model"], model_hash(model)
-        if made_for != found:
+        found = model_differences(opened.header["identity"]["of"], model)
+        if found:
             raise EditMismatchError(
-                f"{opened.store.where} holds attributions of a model with weights {made_for[:12]}, this "
-                f"{type(model).__name__} has {found[:12]}. Give the model's own, or let them be estimated."
+                f"{opened.store.where} holds attributions of another model than this {type(model).__name__}. What "
+                f"differs (attributions -> model):\n{told(found)}\nGive the model's own, or let them be estimated."
             )
         own = self.target or ()
         if len(own) != len(target):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate import ModelMismatchError, Selection, model_hash
+from ablate.buffers import describe_weights, same_weights
 from ablate.copying import copy_with
 from ablate.gating import replaced
 from coar.editing.describing import description
@@ -215,7 +216,7 @@ class Edit:
 
     def _check_weights(self, model: nn.Module, any_weights: bool) -> None:
         found = model_hash(model)
-        if found == self.base:
+        if found == self.base or same_weights(self.details.get("model_weights", {}), describe_weights(model)):
             return
         made = (
             f"This edit was made for a model with weights {str(self.base)[:12]}, this {type(model).__name__} has "

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from coar.metrics.rates import (
     locality_rate,
     success_rate,
 )
+from stores.places import user_path
 
 FORMAT = "edit-predictions"
 FORMAT_VERSION = 1
@@ -194,7 +194,7 @@ class EditPredictions:
             for i, kept in enumerate(values.values())
             for array in ARRAYS
         }
-        target = Path(path)
+        target = user_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
         try:
@@ -221,10 +221,10 @@ def load_edit_predictions(path: str | os.PathLike[str]) -> EditPredictions:
     """
     from safetensors import safe_open
 
-    if not Path(path).is_file():
+    if not user_path(path).is_file():
         raise EditError(f"No predictions at {path}: there is no such file. Check the path.")
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(user_path(path), framework="np") as file:
             text = (file.metadata() or {}).get("predictions")
             header = json.loads(text or "{}")
             found = (header.get("format"), header.get("format_version"))

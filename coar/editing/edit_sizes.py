@@ -76,6 +76,7 @@ def choose_size(
 
     Cost: one forward pass over both sets per size tried.
     """
+    ranking.require_engine(engine, changed)
     groups = [*(f"changed {g}" for g in changed.groups), *(f"ordinary {g}" for g in ordinary.groups)]
     cap = NO_CAP if rule.cap is None else rule.cap
     rows: list[dict[str, float]] = []
@@ -118,6 +119,7 @@ def size_for_target(ranking: Ranking, engine: Engine, target: Examples, most: in
     Raises:
       EditError: It is not reached within `most` components.
     """
+    ranking.require_engine(engine, target)
     sizes = _sizes(ranking, 1, most)
     rows: list[dict[str, float]] = []
     sign = 1 if ranking.direction == "raise" else -1

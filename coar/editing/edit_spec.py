@@ -17,6 +17,7 @@ from ablate.errors import UnknownNameError
 from ablate.spec_problems import explain
 from coar.editing.request import Request
 from coar.errors import EditError
+from stores.places import user_path
 
 TABLE = "edit"
 ABLATE_FRACTION = 0.05  # which a campaign's spec must have, and an edit does not need
@@ -185,7 +186,7 @@ def read_spec(path: str | Path, more: Mapping[str, Any] | None = None) -> tuple[
     """
     where = str(path)
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(user_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(where, [f"cannot be read: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -229,7 +230,7 @@ def _floating(name: str, path: str) -> Tensor:
 
 def _array(name: str, path: str) -> Tensor:
     """Returns the tensor in a .npy file, or in a .safetensors file: the one of this name, or the only one."""
-    file = Path(path)
+    file = user_path(path)
     if not file.is_file():
         raise EditError(f"{name}: no file at {path}. Check the path.")
     try:

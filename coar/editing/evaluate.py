@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate import Examples, model_hash, preserved_random_state
+from ablate.buffers import restored_buffers
 from ablate.copying import device_of
 from ablate.logits import OutputKey, class_logits, logits_of
 from ablate.progress import progress_bar
@@ -86,7 +87,13 @@ def predictions(
     device = device_of(model)
     dtype = dtype_of(model)
     found = np.empty(len(examples), dtype=np.int64)
-    with preserved_random_state(), neutral_ambient(device), torch.no_grad(), memory_reported(batch_size):
+    with (
+        preserved_random_state(),
+        restored_buffers(model),
+        neutral_ambient(device),
+        torch.no_grad(),
+        memory_reported(batch_size),
+    ):
         for start, inputs, targets in examples.chunks(batch_size):
             prepared = examples.prepared(inputs.to(device), dtype)
             logits = logits_of(run(model, prepared), output_key)

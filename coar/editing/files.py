@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from coar.editing.parts import Parts, part_header
 from coar.editing.sealed import Sealed, read_sealed, write_sealed
 from coar.editing.together import Together
 from coar.errors import EditError
+from stores.places import user_path
 
 FORMAT = "component-edit"
 FORMAT_VERSION = 3
@@ -65,7 +65,7 @@ def read_edit_file(path: str | os.PathLike[str]) -> Sealed:
     Raises:
       EditError: The file is missing, damaged or something else.
     """
-    if not Path(path).is_file():
+    if not user_path(path).is_file():
         raise EditError(f"No edit at {path}: there is no such file. Check the path.")
     try:
         sealed = read_sealed(path, KEY)

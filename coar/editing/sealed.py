@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from coar.editing.digest import digest
 from coar.errors import EditError
 from coar.interchange.drafts import written_whole
+from stores.places import user_path
 
 _CHECKSUM = "sha256"
 
@@ -56,7 +56,7 @@ def write_sealed(
     values = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     # within the header, because safetensors writes several entries of metadata in any order
     sealed = json.dumps({**header, _CHECKSUM: digest(text, values)})
-    with written_whole(Path(path), overwrite=True) as draft:
+    with written_whole(user_path(path), overwrite=True) as draft:
         save_file(values, draft, {key: sealed})
 
 
@@ -69,7 +69,7 @@ def read_sealed(path: str | os.PathLike[str], key: str) -> Sealed:
     """
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with safe_open(user_path(path), framework="pt") as file:
         text = (file.metadata() or {}).get(key)
         if text is None:
             return Sealed(None, {}, checked=False)

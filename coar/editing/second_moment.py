@@ -18,6 +18,7 @@ from ablate.copying import device_of
 from coar.editing.blocks import layer_keys
 from coar.editing.sealed import read_sealed, write_sealed
 from coar.errors import EditError
+from stores.places import user_path
 
 FLOOR = 1e-6  # of the largest eigenvalue: below it, e.g. of channels that never fire, C cannot be inverted
 REMEMBERED = 16  # moments kept in memory
@@ -89,7 +90,7 @@ def second_moment(
     """
     facts = {"model": model_hash(model), "layer": layer, "data": examples.hash, "center": center}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    path = None if cache is None else Path(cache) / f"second_moment-{name[:16]}.safetensors"
+    path = None if cache is None else user_path(cache) / f"second_moment-{name[:16]}.safetensors"
     found = _remembered.get(name)
     if found is None and path is not None and path.is_file():
         found = _read(path, facts)

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from torch import nn
 from zarr.storage import MemoryStore
 
-from ablate import CampaignSpec, Engine, Examples, KeepPlan, NonFiniteOutputError, model_hash, preserved_random_state
-from ablate.campaign import package_versions, subject_identity
+from ablate import CampaignSpec, Engine, Examples, KeepPlan, NonFiniteOutputError, preserved_random_state
+from ablate.identity import package_versions, subject_identity
 from ablate.working import Job, Sharing, Values, environment, work_through
 from coar.attributions import Attributions
 from coar.errors import FitError
@@ -40,8 +40,8 @@ def estimate(
     method: str | Estimator = "gradient",
     passes: int | str | None = None,
     ablate_fraction: float | None = None,
-    output: Any = "margin",
-    seed: int = 0,
+    output: Any = None,
+    seed: int | None = None,
     store: Location | None = None,
     quality_rows: int = 50,
     block_examples: int = BLOCK_EXAMPLES,
@@ -49,10 +49,11 @@ def estimate(
     overwrite: bool = False,
     progress: bool = False,
     accept_versions: bool = False,
+    accept_code: bool = False,
     worker: str | None = None,
     lease_seconds: float = LEASE_SECONDS,
     keep_going: bool = False,
-    retry_failed: bool = True,
+    retry_failed: bool | None = None,
     **options: Any,
 ) -> Attributions:
     """Returns one linear attribution per example, estimated by running the model. The model is not changed.
@@ -69,8 +70,8 @@ def estimate(
       method: A name (`coar.estimators.registry.estimator_names()`) or an instance, e.g. `Gradient(background="mixed")`.
       passes: Of the gradient estimator: an integer from 2 on, or "auto"; None: 100.
       ablate_fraction: What share is off in the keep-vectors that the attribution is about; None: 0.05.
-      output: As for `Engine`.
-      seed: Of everything that is sampled.
+      output: As for `Engine`; None: `margin`, or the spec's.
+      seed: Of everything that is sampled; None: 0, or the spec's.
       store: Where to write; None: in memory. A finished store of the same estimate is returned as it is.
       quality_rows: Random keep-vectors run forward beside the estimate, to measure held-out correlation per example;
         they cost so many plain forwards. 0: quality is NaN.
@@ -79,7 +80,7 @@ def estimate(
       memory: Budget in bytes for everything but the engine: blocks are made as small as it needs.
       overwrite: Replace another estimate at `store`.
       progress: Show a progress bar on stderr.
-      accept_versions, worker, lease_seconds, keep_going, retry_failed: As for `ablate.run`.
+      accept_versions, accept_code, worker, lease_seconds, keep_going, retry_failed: As for `ablate.run`.
       options: `components`, `device`, `precision`, `batch_size`, `ablation`, `memory_budget`, `speed`, ...: as for
         CampaignSpec.
 
@@ -100,7 +101,7 @@ def estimate(
         spec = CampaignSpec(model=model, data=data, **{k: v for k, v in given.items() if v is not None})
     else:
         spec = model if isinstance(model, CampaignSpec) else CampaignSpec.from_file(model)
-        _only_in_spec(data, index, options, output, seed)
+        _only_in_spec(spec, data, index, options, output, seed)
         passes = spec.settings.passes if passes is None and method == "gradient" else passes
         fraction = _fraction(method, ablate_fraction, spec.settings.ablate_fraction)
     if quality_rows and quality_rows < 10:
@@ -114,7 +115,8 @@ def estimate(
     place = MemoryStore() if store is None else spec.place(store) or store
     with preserved_random_state():
         run = _Run(spec, estimator, fraction, quality_rows)
-        target = open_same(place, run.identity, overwrite, accept_versions)
+        accepted = {"accept_versions": accept_versions, "accept_code": accept_code}
+        target = open_same(place, run.identity, overwrite, **accepted)
         if target is None or target.missing_blocks():
             block = _block_size(run, block_examples, memory, store is None, target)
             if target is None:
@@ -124,7 +126,7 @@ def estimate(
                 try:
                     target = run.create(place, block)
                 except StoreExistsError:  # another worker, started at the same moment, was first
-                    target = open_same(place, run.identity, False, accept_versions)
+                    target = open_same(place, run.identity, False, **accepted)
                     if target is None:
                         raise
             work_through(target, _job(run, target), environment(run.engine, package_versions()), sharing, progress)
@@ -135,18 +137,21 @@ class _Run:
     """Everything an estimate is made of."""
 
     def __init__(self, spec: CampaignSpec, estimator: Estimator, fraction: float, quality_rows: int) -> None:
-        self.spec, self.estimator, self.quality_rows = spec, estimator, quality_rows
+        self.spec, self.estimator, self.quality_rows, self.fraction = spec, estimator, quality_rows, fraction
         self.model, self.examples = spec.load()
         self.index = spec.make_index(self.model)
         self.engine: Engine = spec.make_engine(self.model, self.index, self.examples)
         require_components(self.engine)
         self.seed = spec.settings.seed
         self.plan = KeepPlan(len(self.index), max(1, quality_rows), fraction, self.seed ^ QUALITY_SEED)
-        of = subject_identity(model_hash(self.model), self.examples, self.engine)
-        of["plan"] = {"ablate_fraction": fraction, "seed": self.seed}
-        self.identity: dict[str, Any] = {
-            **estimator.describe(),
-            "quality_rows": quality_rows,
+
+    def identity(self, sample: bool) -> dict[str, Any]:
+        """Returns what the store is bound to, with outputs of the first examples if asked."""
+        of = subject_identity(self.examples, self.engine, sample)
+        of["plan"] = {"ablate_fraction": self.fraction, "seed": self.seed}
+        return {
+            **self.estimator.describe(),
+            "quality_rows": self.quality_rows,
             "of": of,
             "versions": package_versions(),
         }
@@ -160,7 +165,7 @@ class _Run:
     def create(self, place: Location, block: int) -> AttributionStore:
         """Makes the empty store."""
         header: Mapping[str, Any] = {
-            "identity": self.identity,
+            "identity": self.identity(True),
             "spec": self.spec.describe(),
             "loadable": self.spec.loadable,
             "index": self.index.to_json(),
@@ -264,9 +269,16 @@ def _fraction(method: str | Estimator, given: Any, of_spec: Any = None) -> float
     return float(chosen)
 
 
-def _only_in_spec(data: Any, index: Any, options: Mapping[str, Any], output: Any, seed: int) -> None:
-    """Raises FitError for an argument beside a spec that the spec has, too."""
-    given = {"data": data is not None, "index": index is not None, "output": output != "margin", "seed": seed != 0}
+def _only_in_spec(
+    spec: CampaignSpec, data: Any, index: Any, options: Mapping[str, Any], output: Any, seed: int | None
+) -> None:
+    """Raises FitError for an argument beside a spec that has it, too, and says otherwise."""
+    given = {
+        "data": data is not None,
+        "index": index is not None,
+        "output": output is not None and output != spec.output,
+        "seed": seed is not None and seed != spec.settings.seed,
+    }
     names = [name for name, is_given in given.items() if is_given] + list(options)
     if names:
         raise FitError(f"{', '.join(names)}: given beside a spec, which has its own. Change the spec.")

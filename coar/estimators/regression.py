@@ -6,7 +6,6 @@ Source: COAR (arXiv 2404.11534), Section 3, solved exactly instead of by stochas
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +30,19 @@ from stores.schema import Location
 
 Method = Literal["ridge", "ols", "lasso"]
 METHODS = ("ridge", "ols", "lasso")
+# What of a campaign's identity its fits keep; older campaigns do not have all of it.
+SUBJECT = (
+    "model",
+    "weights",
+    "code",
+    "data",
+    "index",
+    "plan",
+    "output",
+    "output_settings",
+    "ablation",
+    "sample_outputs",
+)
 # Penalties that are tried, in units of the mean eigenvalue of the centred Gram matrix.
 RIDGE_GRID: Matrix = np.logspace(-4, 3, 22)
 QUALITY = {
@@ -40,7 +52,7 @@ QUALITY = {
 
 
 def fit(
-    campaign: CampaignStore | str | os.PathLike[str],
+    campaign: CampaignStore | Location,
     store: Location | None = None,
     *,
     method: Method = "ridge",
@@ -102,9 +114,9 @@ def fit(
         "rows": len(rows),
         "held_out": held_out,
         "ablate_fraction": ablate_fraction if len(campaign_fractions(campaign)) > 1 else None,
-        "of": {key: campaign.header["identity"][key] for key in ("model", "data", "index", "plan", "output")},
+        "of": {key: value for key, value in campaign.header["identity"].items() if key in SUBJECT},
     }
-    target = open_same(place, identity, overwrite)
+    target = open_same(place, lambda sample: identity, overwrite)
     if target is None or target.missing_blocks():
         block = target.block_examples if target is not None else None
         plan = MemoryPlan.make(rows, options.method, options.penalties, memory, store is None, block)

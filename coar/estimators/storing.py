@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 from zarr.abc.store import Store
 
-import stores
-from ablate.campaign import VERSIONS_ADVICE
+from ablate.identity import Identity, require_same
 from stores import AttributionStore, DamagedBlockError, OldFormatError, StoreMismatchError, StoreNotFoundError
 from stores.creating import clear
 from stores.places import resolve
@@ -20,12 +17,17 @@ from stores.schema import Location
 
 
 def open_same(
-    place: Location, identity: Mapping[str, Any], overwrite: bool, accept_versions: bool = False
+    place: Location,
+    identity: Identity,
+    overwrite: bool,
+    *,
+    accept_versions: bool = False,
+    accept_code: bool = False,
 ) -> AttributionStore | None:
     """Returns the store of this very estimate, or None if there is none: nothing, or another that may be replaced.
 
     Other versions of the packages may round differently: they are refused where something is left to compute, unless
-    `accept_versions`.
+    `accept_versions`. A network that is written in another way is refused unless `accept_code`.
     """
     try:
         store = AttributionStore.open(place, finish=True)
@@ -35,19 +37,21 @@ def open_same(
         if overwrite:
             return None
         raise
-    found = stores.differences(store.header["identity"], identity)
-    if accept_versions or not store.missing_blocks():
-        found = [difference for difference in found if not difference.key.startswith("versions.")]
-    if not found:
-        return store
-    if not overwrite:
-        raise StoreMismatchError(
+    try:
+        require_same(
             f"Attribution store {store.where}",
-            found,
-            "Name another store, or replace this one with overwrite=True (`--overwrite`)."
-            + (" " + VERSIONS_ADVICE if all(d.key.startswith("versions.") for d in found) else ""),
+            store.header["identity"],
+            identity,
+            lambda: "Name another store, or replace this one with overwrite=True (`--overwrite`).",
+            finished=not store.missing_blocks(),
+            accept_versions=accept_versions,
+            accept_code=accept_code,
         )
-    return None
+    except StoreMismatchError:
+        if overwrite:
+            return None
+        raise
+    return store
 
 
 def remove(place: Location) -> None:

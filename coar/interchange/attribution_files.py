@@ -30,6 +30,7 @@ from coar.interchange.units import (
     known_fraction,
 )
 from stores import AttributionStore
+from stores.places import user_path
 from stores.schema import Location
 
 OnNaN = Literal["drop", "keep"]
@@ -86,7 +87,7 @@ def import_attributions(
         Nothing is then written.
       stores.StoreMismatchError: There are other attributions at `store`.
     """
-    file = Path(path)
+    file = user_path(path)
     if file.is_dir():
         file /= PUBLISHED_FILE
     if not file.is_file():
@@ -121,7 +122,7 @@ def import_attributions(
         if on_nan == "drop" and len(lost):
             source, subject = source.only(kept), subject.only(kept)
             identity["of"] = {**identity["of"], "data": subject.data}
-        target = open_same(store, identity, overwrite)
+        target = open_same(store, lambda sample: identity, overwrite)
         if target is None:
             if overwrite:
                 remove(store)

@@ -14,6 +14,7 @@ from coar.interchange.npz import write_npz
 from coar.interchange.tables import write_csv, write_long_parquet, write_parquet
 from coar.interchange.torch_file import write_torch_file
 from stores import AttributionStore, UnfinishedStoreError
+from stores.places import user_path
 from stores.schema import Location
 
 Format = Literal["parquet", "npz", "csv", "pt"]
@@ -59,7 +60,7 @@ def export(
       ablate.LoadError: Parquet, and pyarrow is not installed.
     """
     store = _finished(attributions)
-    target = Path(path)
+    target = user_path(path)
     chosen = _format(target, format)
     _check_k(k, chosen, store.component_count)
     if chosen in ("npz", "pt"):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import stores
-from ablate.campaign import package_versions
+from ablate.identity import package_versions
 from ablate.progress import progress_bar
 from coar.interchange.errors import InterchangeError
 from coar.interchange.incumbent import MarginFolder, Meaning, ablated_share
 from coar.interchange.subject import Components, Spec, Subject, Table
 from stores import CampaignStore, StoreMismatchError, StoreNotFoundError
+from stores.places import user_path
 from stores.schema import Location
 
 BLOCK_BYTES = 32 * 2**20
@@ -71,7 +71,7 @@ def import_campaign(
     """
     if on_nan not in (None, "drop"):
         raise InterchangeError(f"on_nan is {on_nan!r}, expected 'drop': a campaign holds finite outputs only.")
-    files = MarginFolder.open(Path(folder), margins, assume_completed)
+    files = MarginFolder.open(user_path(folder), margins, assume_completed)
     subject = Subject.of(str(folder), (files.components, files.examples), spec, components, examples, output)
     files = files.without_nan(on_nan)
     said = subject.ablate_fraction if ablate_fraction is None else ablate_fraction

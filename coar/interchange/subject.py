@@ -20,6 +20,7 @@ from ablate import CampaignSpec, ComponentIndex, ModelMismatchError, Port, model
 from ablate.errors import UnknownNameError
 from ablate.outputs import Output, output_names
 from coar.interchange.errors import InterchangeError
+from stores.places import user_path
 
 Columns = dict[str, npt.NDArray[Any]]
 Components = ComponentIndex | str | os.PathLike[str]
@@ -140,7 +141,7 @@ def read_index(given: Components) -> ComponentIndex:
     """
     if isinstance(given, ComponentIndex):
         return given
-    path = Path(given)
+    path = user_path(given)
     if path.suffix == ".json":
         try:
             return ComponentIndex.from_json(path.read_text(encoding="utf-8"))
@@ -198,8 +199,8 @@ def read_examples(given: Table) -> Columns:
 
     `id` must be there; `label` is -1 and `group` is "imported" where they are not.
     """
-    path = "the table of examples" if isinstance(given, pd.DataFrame) else Path(given)
-    table = given if isinstance(given, pd.DataFrame) else _read_table(Path(given))
+    path = "the table of examples" if isinstance(given, pd.DataFrame) else user_path(given)
+    table = given if isinstance(given, pd.DataFrame) else _read_table(user_path(given))
     if "id" not in table:
         raise InterchangeError(f"{path} has no column 'id', it has {', '.join(map(str, table))}. Name each example.")
     ids = [str(value) for value in table["id"]]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import stores
-from ablate import Engine, Examples, KeepPlan
-from ablate.campaign import campaign_identity, package_versions, subject_identity
+from ablate import CampaignSpec, Engine, Examples, KeepPlan
+from ablate.identity import campaign_identity, package_versions, require_same, subject_identity
 from coar.estimators.gradient import Gradient
 from coar.estimators.storing import open_same
-from stores.places import Location, resolve
+from stores.places import Location
 
 
 def campaign_blocks(
-    place: Location, model: str, examples: Examples, plan: KeepPlan, engine: Engine, block_rows: int
+    place: Location, examples: Examples, plan: KeepPlan, engine: Engine, block_rows: int
 ) -> tuple[int, list[str]]:
     """Returns how many blocks of this campaign are finished at a place, and what to say about it. Mutates nothing.
 
@@ -26,13 +26,12 @@ def campaign_blocks(
         campaign = stores.CampaignStore.open(place)
     except stores.StoreNotFoundError:
         return 0, []
-    now = campaign_identity(model, examples, plan, engine, block_rows)
-    found = stores.differences(campaign.header.get("identity", {}), now)
-    versions = [difference for difference in found if difference.key.startswith("versions.")]
-    if len(versions) < len(found):
-        advice = "Give the original back, or name another store for the new campaign."
-        raise stores.StoreMismatchError(f"Campaign {campaign.where}", found, advice)
+    stored, where = campaign.header.get("identity", {}), f"Campaign {campaign.where}"
+    identity = partial(campaign_identity, examples, plan, engine, block_rows)
     done = campaign.progress
+    advice = "Give the original back, or name another store for the new campaign."
+    require_same(where, stored, identity, lambda: advice, finished=done.complete, accept_versions=True)
+    versions = stores.differences({"versions": stored["versions"]}, {"versions": package_versions()})
     left = "nothing is left but the fit" if done.complete else "times are of what is left"
     notes = [f"{campaign.where} exists: {done.finished_rows:,} of {done.rows:,} rows are finished; {left}."]
     if versions and not done.complete:
@@ -56,8 +55,7 @@ def any_campaign(place: Location) -> list[str]:
 
 def estimate_blocks(
     campaign: Location,
-    storage: Mapping[str, Any],
-    model: str,
+    spec: CampaignSpec,
     examples: Examples,
     engine: Engine,
     estimator: Gradient,
@@ -68,19 +66,21 @@ def estimate_blocks(
 
     Args:
       campaign: The spec's store, from whose name the estimate's follows; a store object has no name.
-      storage: Options of object storage.
-      model: Its hash.
+      spec: Whose options of object storage are used.
       examples, engine, estimator, quality_rows, seed: What the estimate is bound to.
     """
     if not isinstance(campaign, (str, os.PathLike)):
         return 0, []
     path = f"{os.fspath(campaign).rstrip('/').removesuffix('.zarr')}-estimate.zarr"
-    of = subject_identity(model, examples, engine)
-    of["plan"] = {"ablate_fraction": estimator.ablate_fraction, "seed": seed}
-    identity: dict[str, Any] = {**estimator.describe(), "quality_rows": quality_rows, "of": of}
+
+    def identity(sample: bool) -> dict[str, Any]:
+        plan = {"ablate_fraction": estimator.ablate_fraction, "seed": seed}
+        of = {**subject_identity(examples, engine, sample), "plan": plan}
+        own = {**estimator.describe(), "quality_rows": quality_rows}
+        return {**own, "of": of, "versions": package_versions()}
+
     try:
-        place = resolve(path, storage)
-        found = open_same(place, {**identity, "versions": package_versions()}, overwrite=False, accept_versions=True)
+        found = open_same(spec.place(path) or path, identity, overwrite=False, accept_versions=True)
     except stores.StoreMismatchError as error:
         keys = ", ".join(difference.key for difference in error.differences)
         return 0, [f"{path} is another estimate (it differs in {keys}): name another place for this one with --out."]

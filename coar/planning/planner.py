@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import stores
-from ablate import CampaignSpec, Engine, KeepPlan, model_hash, preserved_random_state
-from ablate.campaign import package_versions
+from ablate import CampaignSpec, Engine, KeepPlan, preserved_random_state
+from ablate.identity import engine_identity, package_versions, sample_outputs
 from coar.errors import FitError, QueryError
 from coar.estimators.gradient import Gradient
 from coar.estimators.plain import require_components
@@ -24,13 +23,13 @@ from coar.planning.memory import fitted_rows, with_held_out
 from coar.planning.options import QUALITY_ROWS, Option, Subject
 from coar.planning.report import Plan as Plan
 from coar.unablated import unablated_accuracy
-from stores.places import Location, resolve
+from stores.places import Location
 
 SECONDS = 10.0
 ROWS_PER_COMPONENT = (0.5, 1.0, 2.0, 4.0, 8.0)  # planned for where a spec has no rows
 PASSES = (5, 20, 50, 100)  # and beside it
 AUTO_PASSES = (10, 20, 50, 100, 200)  # where a spec says "auto"
-NO_HASH = "0" * 64  # in the place of a hash that a plan does not need: as long as a real one
+NO_HASH = "0" * 64  # in the place of the data's, which would read them all: as long as a real one
 
 
 def plan(
@@ -71,9 +70,8 @@ def plan(
     if not isinstance(spec, CampaignSpec):
         spec = CampaignSpec.from_file(spec)
     place = spec.settings.store if store is None else store
-    storage = spec.settings.storage if store is None else {}
     with preserved_random_state():
-        return _Planner(spec, place, storage, workers, target, seconds).plan()
+        return _Planner(spec, place, workers, target, seconds).plan()
 
 
 class _Planner:
@@ -83,20 +81,18 @@ class _Planner:
         self,
         spec: CampaignSpec,
         place: Location | None,
-        storage: Mapping[str, Any],
         workers: int,
         target: float | None,
         seconds: float,
     ) -> None:
         begun = time.perf_counter()
-        self.spec, self.place, self.storage, self.workers, self.target = spec, place, storage, workers, target
+        self.spec, self.place, self.workers, self.target = spec, place, workers, target
         self.notes: list[str] = []
         model, self.examples = spec.load()
         index = spec.make_index(model)
         self.engine: Engine = spec.make_engine(model, index, self.examples)
         require_components(self.engine)
         self.engine.check(self.examples)
-        self.model_hash = model_hash(model)
         start = time.perf_counter() - begun
         self.unablated = unablated_accuracy(model, self.examples, output_key=spec.settings.output_key)
         self.no_gradients: str | None = None
@@ -136,12 +132,10 @@ class _Planner:
     def _about(self) -> dict[str, Any]:
         """Returns as much as a store's header says of what it is bound to, with hashes left out: as long as that."""
         return {
-            "model": NO_HASH,
+            **self.engine.identity(self.examples).describe(),
+            "sample_outputs": sample_outputs(self.engine, self.examples),
             "data": NO_HASH,
-            "index": self.engine.index.hash,
-            "output": self.engine.output.name,
-            "ablation": self.engine.ablation.describe(),
-            "precision": self.engine.precision,
+            **engine_identity(self.engine),
             "plan": self.rows_plan.describe(),
             "versions": package_versions(),
         }
@@ -164,11 +158,12 @@ class _Planner:
         settings = self.spec.settings
         done = 0
         notes: list[str] = []
-        if self.place is not None and settings.rows is not None:
-            own = self.model_hash, self.examples, self.rows_plan, self.engine, settings.block_rows
-            done, notes = campaign_blocks(resolve(self.place, self.storage), *own)
-        elif self.place is not None:
-            notes = any_campaign(resolve(self.place, self.storage))
+        place = None if self.place is None else self.spec.place(self.place)
+        if place is not None and settings.rows is not None:
+            own = self.examples, self.rows_plan, self.engine, settings.block_rows
+            done, notes = campaign_blocks(place, *own)
+        elif place is not None:
+            notes = any_campaign(place)
         self.notes += notes
         return done
 
@@ -218,9 +213,9 @@ class _Planner:
     def _gradient(self, estimator: Gradient, passes: int, purpose: str) -> Option:
         done, seed = 0, self.spec.settings.seed
         if self.place is not None and passes == self.spec.settings.passes:
-            of = replace(estimator, passes=passes), QUALITY_ROWS, seed
-            subject = self.model_hash, self.examples, self.engine
-            done, notes = estimate_blocks(self.place, self.storage, *subject, *of)
+            own = replace(estimator, passes=passes)
+            subject = self.examples, self.engine
+            done, notes = estimate_blocks(self.place, self.spec, *subject, own, QUALITY_ROWS, seed)
             self.notes += notes
         return self.subject.gradient(estimator, passes, purpose, done)
 

@@ -12,7 +12,7 @@ import pytest
 
 import coar
 import stores
-from ablate.campaign import package_versions
+from ablate.identity import package_versions
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -82,7 +82,7 @@ def test_ablate_refuses_another_campaigns_store(
 
 def test_ablate_with_other_versions(run: Run, folder: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newer = {**package_versions(), "torch": "9.0"}
-    monkeypatch.setattr("ablate.campaign.package_versions", lambda: newer)
+    monkeypatch.setattr("ablate.identity.package_versions", lambda: newer)
     command = ("ablate", folder / "spec.toml", "--store", unfinished, "--quiet")
     code, _, err = run(*command)
     assert code == 4, err

@@ -79,6 +79,9 @@ def test_a_store_holds_what_memory_holds(tiny_net: nn.Module, tiny_examples: abl
     assert disk.weights[:].shape == (9, 10)
     identity = dict(disk.header["identity"])
     assert set(identity.pop("versions")) == {"component-attribution", "torch", "numpy", "zarr"}
+    of = identity["of"] = dict(identity["of"])
+    assert of.pop("code")["calls"]["2"] == "relu()"
+    assert np.shape(of.pop("sample_outputs")) == (2, 2)
     assert identity == {
         "method": "gradient",
         "passes": 6,
@@ -94,8 +97,10 @@ def test_a_store_holds_what_memory_holds(tiny_net: nn.Module, tiny_examples: abl
             "index": disk.index.hash,
             "plan": {"ablate_fraction": 0.05, "seed": 0},
             "output": "margin (ablate.outputs.Margin)",
+            "output_settings": {},
             "ablation": "zero",
             "precision": "float32",
+            "weights": {},
         },
     }
     disk.store.verify()

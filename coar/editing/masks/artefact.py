@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from coar.editing.masks.network import MaskHypernetwork, identity_of, refuse_dif
 from coar.editing.masks.settings import MetaSettings
 from coar.editing.sealed import read_sealed, write_sealed
 from coar.errors import EditError
+from stores.places import user_path
 
 FORMAT = "mask-hypernetwork"
 FORMAT_VERSION = 1
@@ -109,7 +109,7 @@ def read_artefact(path: str | os.PathLike[str]) -> Artefact:
     """Returns what is in a file, on the CPU. Raises EditError if it is missing, damaged or something else."""
     from safetensors import SafetensorError
 
-    place = Path(path)
+    place = user_path(path)
     if not place.is_file():
         raise EditError(
             f"There is no file {place}. Train a hypernetwork: train_hypernetwork(..., store={str(path)!r})."

@@ -33,6 +33,7 @@ from coar.editing.masks.network import HISTORY, MaskHypernetwork, identity_of
 from coar.editing.masks.settings import MetaSettings
 from coar.errors import EditError, EditMismatchError
 from stores import Difference, differences
+from stores.places import user_path
 
 LOG = logging.getLogger("coar.editing")
 DIFFERS = 0.2  # a bit differs between two samples where their masks are this far apart
@@ -89,7 +90,7 @@ class Training:
     ) -> None:
         refuse_training_mode(model)
         self.settings, self.selection, self.images = settings, selection, Images(images)
-        self._store = None if store is None else Path(store)
+        self._store = None if store is None else user_path(store)
         self._model = returning_logits(copy_of(model).requires_grad_(False), of_classes=True)
         self._device = device_of(self._model)
         self._layout = MaskLayout(selection)

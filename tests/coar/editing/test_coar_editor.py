@@ -384,7 +384,8 @@ def test_refuses(four_units: nn.Module) -> None:
         four_units.get_parameter("head.weight").mul_(2)
     made_for = attributions.header["identity"]["of"]["model"][:12]
     message = refused(given, _request(), coar.EditMismatchError)
-    assert message.startswith(f"{attributions.store.where} holds attributions of a model with weights {made_for}, ")
+    assert message.startswith(f"{attributions.store.where} holds attributions of another model than this ")
+    assert f"\n  model: {made_for}" in message
     assert message.endswith("Give the model's own, or let them be estimated.")
 
 
