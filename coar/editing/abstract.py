@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ablate import ModelMismatchError, Selection, model_hash, preserved_random_state
+from ablate import ModelMismatchError, Selection, SelectionError, model_hash, preserved_random_state
 from ablate.buffers import describe_weights, written_buffers
 from ablate.copying import copy_of, device_of
 from ablate.faithful import doubts
@@ -129,8 +129,7 @@ class Editor(ABC):
         """
         request = request.checked(self.needs, self.title)
         if selection is None:
-            with seen_with(model, request.inputs):
-                selection = self.default_selection(model)
+            selection = self._by_default(model, request)
         self._check_model(model, selection)
         device = device_of(model)
         log = EditLog(progress)
@@ -159,6 +158,17 @@ class Editor(ABC):
                 details["rounding"] = rounding(made, model)
                 log.why = "; ".join(filter(None, (log.why, words(details["rounding"]))))
         return replace(made, details={**details, "log": log.summary()}, alpha=found.alpha)
+
+    def _by_default(self, model: nn.Module, request: Request) -> Selection:
+        """Returns the default selection, as these inputs show the model to run."""
+        try:
+            with seen_with(model, request.inputs):
+                return self.default_selection(model)
+        except SelectionError as error:  # e.g. a model that is only a head: the rows of the classes are never a default
+            raise EditError(
+                f"{self.title} finds nothing to edit in this {type(model).__name__} by itself: give a selection, e.g. "
+                f"of the classes' own layer. {error}"
+            ) from error
 
     @property
     def room(self) -> tuple[str, int]:

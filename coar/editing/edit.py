@@ -155,9 +155,7 @@ class Edit:
                 mask = where.get(name)
                 if mask is None:
                     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-                exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-                # half precision is rounded once, at last
-                changed[name] = self.operation.change(name, exact, mask, self.alpha).to(weight.dtype)
+                changed[name] = self.operation.change(name, weight.detach(), mask, self.alpha)
         require_one_value(model, changed)
         return changed
 

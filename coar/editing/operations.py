@@ -113,7 +113,8 @@ class Scale(Operation):
 
     def change(self, parameter: str, weight: Tensor, where: Tensor, alpha: float) -> Tensor:
         """Returns the parameter with covered weights at lerp(weight, factor * weight, alpha)."""
-        return torch.where(where, torch.lerp(weight, weight * self.factor, alpha), weight)
+        exact = _exact(weight)
+        return torch.where(where, torch.lerp(exact, exact * self.factor, alpha).to(weight.dtype), weight)
 
     def settings(self) -> dict[str, Any]:
         """Returns the factor."""
@@ -183,7 +184,8 @@ class LowRank(Operation):
             raise EditError(f"The factors of {parameter!r} are for a weight {shape}, it has {tuple(weight.shape)}.")
         if any(not (0 <= y < height and 0 <= x < width) for y, x in factors.taps):
             raise EditError(f"The factors of {parameter!r} have taps {factors.taps} outside its {height} x {width}.")
-        return torch.where(where, weight + alpha * factors.dense(weight), weight)
+        exact = _exact(weight)
+        return torch.where(where, (exact + alpha * factors.dense(exact)).to(weight.dtype), weight)
 
     def parameters(self, touched: Collection[str]) -> tuple[str, ...]:
         """Returns the parameters that have factors and are touched."""
@@ -331,6 +333,11 @@ class Delta(Operation):
             tuple(settings["wholly"]),
             {name: tensors[f"starts/{name}"] for name in settings.get("starts", [])},
         )
+
+
+def _exact(weight: Tensor) -> Tensor:
+    """Returns a weight in float32 at least: what becomes of half precision is rounded once, at last."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _within(value: Tensor, where: Tensor | None) -> Tensor:

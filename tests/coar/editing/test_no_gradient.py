@@ -112,14 +112,16 @@ def test_a_function_without_a_backward_is_named() -> None:
         get_editor("finetune").edit(model, REQUEST, selection)
 
 
-def test_a_model_that_is_only_a_head() -> None:
+@pytest.mark.parametrize("name", ["paint", "finetune", "1-li"])
+def test_a_model_that_is_only_a_head(name: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
-    with pytest.raises(EditError) as refused:
-        get_editor("paint", warm_up=1).edit(model, REQUEST)
-    assert str(refused.value) == (
-        "PAINT trains every layer but the one that gives the logits, '1', and this Sequential has no other. Give a "
-        "selection to train that one, or use finetune."
-    )
+    with pytest.raises(
+        EditError, match=r"finds nothing to edit in this Sequential by itself: give a selection, e\.g\. of"
+    ):
+        get_editor(name).edit(model, REQUEST)
+    everything = ComponentIndex.from_model(model, ["linear_neuron"], include=["1"]).everything()
+    edit = get_editor(name, rate=1e-2, steps=3).edit(model, REQUEST, everything)
+    assert not torch.equal(edit.at(1).apply(model)[1].weight, model[1].weight)  # type: ignore[index]
 
 
 def test_two_labels_for_one_input_are_told() -> None:
