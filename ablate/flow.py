@@ -260,6 +260,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     def __init__(self, outline: nn.Module) -> None:
         super().__init__(fx.Graph())
         self._names = {id(t): n for n, t in (*outline.named_parameters(), *outline.named_buffers())}
+        self._storages = {_storage(p): n for n, p in outline.named_parameters()}
         for name, module in list(outline.named_modules()):
             if name and _is_leaf(module):
                 vars(module)["forward"] = self._step(name)
@@ -283,11 +284,19 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         if isinstance(a, nn.Parameter) and id(a) not in self._names:
             raise TypeError("A weight that is none of the copy's: what runs is not the copy.")
         if isinstance(a, Tensor):
-            return self.graph.create_node("get_attr", self._names.get(id(a), "a constant"))
+            name = self._names.get(id(a)) or self._storages.get(_storage(a))  # a view (`weight.T`) is its weight
+            if name is None and a.is_meta:
+                raise TypeError("Something was computed of weights alone: of which is not known.")
+            return self.graph.create_node("get_attr", name or "a constant")
         try:
             return super().create_arg(a)
         except NotImplementedError:
             return repr(type(a))
+
+
+def _storage(tensor: Tensor) -> int:
+    """Returns what a tensor has in common with its views, on device meta, too."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _results(returned: Any, kind: type[_Result]) -> Iterator[_Result]:

@@ -78,6 +78,32 @@ def _all_convolutions() -> nn.Module:
     )
 
 
+class ByViews(nn.Module):
+    """Uses the weight of one layer by a view of it, and another's by something computed of it."""
+
+    def __init__(self, computed: bool = False) -> None:
+        super().__init__()
+        self.computed = computed
+        self.first, self.head = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 2 * self.first.weight if self.computed else self.first.weight
+        logits: Tensor = self.head((x.flatten(1) @ weight.T).relu())
+        return logits
+
+
+def test_a_weight_that_is_used_by_a_view_is_used() -> None:
+    flow = traced_flow(ByViews())
+    assert flow is not None
+    assert flow.order == ("first", "head")
+    assert ablate.ComponentIndex.from_model(ByViews()).modules()["module"].tolist() == ["first"]
+
+
+def test_nothing_is_claimed_where_something_is_computed_of_weights_alone() -> None:
+    assert traced_flow(ByViews(computed=True)) is None
+    assert ablate.ComponentIndex.from_model(ByViews(computed=True)).modules()["module"].tolist() == ["first"]
+
+
 def _no_biases() -> nn.Module:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(12, 8, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3, bias=False)
