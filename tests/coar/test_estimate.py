@@ -558,11 +558,14 @@ def test_a_model_that_detaches() -> None:
 def test_a_gradient_that_is_not_finite_names_the_example_among_all(tmp_path: Path, untouched: Untouched) -> None:
     model = nn.Sequential(nn.Linear(1, 2, bias=False))
     nn.init.ones_(model[0].weight)  # type: ignore[arg-type]
+    index = ablate.ComponentIndex.from_model(model, ["linear_neuron"])
     inputs = torch.tensor([[4.0], [1.0], [2.0], [3.0], [0.0]])  # the check before the first block sees four
     examples = ablate.Examples(inputs, [0] * 5, ids=["a", "b", "c", "d", "bad"])
     path = tmp_path / "a.zarr"
     with untouched(model, inputs), pytest.raises(ablate.NonFiniteOutputError) as caught:
-        coar.estimate(model, examples, output=Root(), passes=2, quality_rows=0, block_examples=2, store=path)
+        coar.estimate(
+            model, examples, index=index, output=Root(), passes=2, quality_rows=0, block_examples=2, store=path
+        )
     assert str(caught.value).startswith("The gradient of component 0 on example 4 (id 'bad') is nan, expected a finite")
     assert (caught.value.example, caught.value.component) == (4, 0)
     assert caught.value.__notes__ == [

@@ -318,7 +318,7 @@ def test_an_ablated_filter_is_its_bias_after_batch_norm() -> None:
             model[1].get_parameter(name).fill_(value)
         model[1].get_buffer("running_mean").fill_(3.0)
         model[1].get_buffer("running_var").fill_(4.0)
-    edited = coar.Edit(ComponentIndex.from_model(model).select([0])).apply(model)
+    edited = coar.Edit(ComponentIndex.from_model(model, ["conv_filter"]).select([0])).apply(model)
     with torch.no_grad():
         out = edited(torch.randn(2, 1, 5, 5))
     assert torch.equal(out[:, 0], torch.full((2, 5, 5), -2.5))
