@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def _precisions() -> dict[object, object]:
         "cuDNN": lambda: torch.backends.cudnn.allow_tf32,
     }
     if NEW:
-        reads |= {key: lambda key=key: torch._C._get_fp32_precision_getter(*key) for key in SETTINGS}
+        reads |= {key: partial(torch._C._get_fp32_precision_getter, *key) for key in SETTINGS}
     for name, read in reads.items():
         try:
             found[name] = read()
@@ -126,11 +127,11 @@ def _precisions() -> dict[object, object]:
     return found
 
 
-def _set_new(backend: str, what: str, value: str) -> Callable[[], None]:
+def _set_new(backend: str, what: str, value: str) -> Callable[[], object]:
     return lambda: torch._C._set_fp32_precision_setter(backend, what, value)
 
 
-USERS: dict[str, Callable[[], None]] = {
+USERS: dict[str, Callable[[], object]] = {
     "nothing": lambda: None,
     "old, medium": lambda: torch.set_float32_matmul_precision("medium"),
     "old, high": lambda: torch.set_float32_matmul_precision("high"),

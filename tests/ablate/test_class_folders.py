@@ -101,7 +101,7 @@ def test_the_names_of_all_classes_of_imagenet_in_another_order() -> None:
     table = imagenet_classes(None)
     assert table is not None
     assert folder_labels(HERE, table.wordnet, None, 1000)["n03888257"] == 701
-    names = [table._names[i] if table.knows(table._names[i]) else table.wordnet[i] for i in range(1000)]
+    names = [table.names[i] if table.knows(table.names[i]) else table.wordnet[i] for i in range(1000)]
     with pytest.raises(ablate.DataError, match=r"names of ImageNet's classes, but their order is another: which class"):
         folder_labels(HERE, names, None, 1000)
     assert list(folder_labels(HERE, names, "imagenet", 1000).values()) == list(range(1000))

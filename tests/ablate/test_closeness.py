@@ -172,8 +172,8 @@ def test_weights_that_lie_over_others_in_part_are_refused() -> None:
     index = ablate.ComponentIndex.from_model(model, ["linear_neuron"])
     with pytest.raises(GatingError, match=r"^The weights '0\.weight' and '1\.weight' lie in the same memory, "):
         ablate.Engine(model, index)
-    model[1].weight.data = model[1].weight.data.clone()
-    model.register_buffer("seen", model[0].weight.data[1])
+    model[1].weight.data = model.get_parameter("1.weight").data.clone()
+    model.register_buffer("seen", model.get_parameter("0.weight").data[1])
     with pytest.raises(GatingError, match=r"^The weights '0\.weight' and 'seen' lie in the same memory, "):
         ablate.Engine(model, index)
     others = ablate.ComponentIndex.from_model(model, ["linear_neuron"], exclude=["0"])

@@ -143,8 +143,9 @@ def test_a_module_used_twice_is_listed_once(mlp: nn.Module) -> None:
 
 def test_a_misspelt_module_is_named_with_the_nearest(conv_net: nn.Module) -> None:
     for argument in ("include", "exclude"):
+        misspelt: dict[str, Any] = {argument: ["conv3"]}
         with pytest.raises(ablate.UnknownNameError) as caught:
-            ablate.ComponentIndex.from_model(conv_net, **{argument: ["conv3"]})
+            ablate.ComponentIndex.from_model(conv_net, **misspelt)
         assert str(caught.value) == (
             "No module 'conv3'. Did you mean 'conv2' or 'conv1'? 6 names were tried; patterns like 'layer4.*' are "
             "allowed."
@@ -166,8 +167,9 @@ def test_a_misspelt_kind_is_named_with_the_nearest(conv_net: nn.Module) -> None:
 
 @pytest.mark.parametrize("argument", ["kinds", "include", "exclude"])
 def test_a_string_where_a_list_is_meant(argument: str, conv_net: nn.Module) -> None:
+    text: dict[str, Any] = {argument: "conv1"}
     with pytest.raises(ablate.SelectionError) as caught:
-        ablate.ComponentIndex.from_model(conv_net, **{argument: "conv1"})
+        ablate.ComponentIndex.from_model(conv_net, **text)
     assert str(caught.value) == f"{argument} is the string 'conv1', expected a list: {argument}=['conv1']."
 
 

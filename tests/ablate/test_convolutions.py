@@ -16,8 +16,9 @@ from ablate.convolutions import filters_of, per_channel
 from ablate.paths import conductance
 
 Randomise = Callable[[nn.Module, int], nn.Module]
+Convolution = nn.modules.conv._ConvNd  # torch names no public base of them
 
-LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+LAYERS: dict[str, tuple[Convolution, tuple[int, ...]]] = {
     "Conv1d": (nn.Conv1d(4, 6, 3), (9,)),
     "Conv1d in groups": (nn.Conv1d(4, 6, 3, groups=2, bias=False), (9,)),
     "Conv1d, circular": (nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (9,)),
@@ -36,9 +37,9 @@ FILTERS = dict.fromkeys(LAYERS, 6) | {
 
 
 class Net(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Convolution) -> None:
         super().__init__()
-        self.layer, self.head = layer, nn.Linear(int(layer.out_channels), 3)
+        self.layer, self.head = layer, nn.Linear(layer.out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(torch.tanh(self.layer(x)).flatten(2).mean(dim=2))
@@ -73,7 +74,7 @@ def test_a_filter_makes_its_channels_and_no_other(name: str, net: nn.Module, inp
     index = ablate.ComponentIndex.from_model(net, ["conv_filter"])
     layer = net.get_submodule("layer")
     channels = layer(inputs).movedim(1, 0)
-    bias = torch.zeros(len(channels)) if layer.bias is None else layer.bias
+    bias = layer.bias if isinstance(layer.bias, Tensor) else torch.zeros(len(channels))
     made = np.zeros(len(channels), dtype=int)
     for component in range(len(index)):
         with ablate.ablated(net, index.select([component])):

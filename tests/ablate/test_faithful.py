@@ -47,16 +47,19 @@ class Calls(Net):
     """Calls what it keeps as an attribute."""
 
     act: Callable[[Tensor], Tensor]
+    own: list[object]
 
     def first(self, x: Tensor) -> Tensor:
         return self.act(x)
 
 
 class Child(nn.Module):
-    parent: Callable[[], Net]
+    parent: Callable[[], Net | None]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.parent().a(x)
+        parent = self.parent()
+        assert parent is not None
+        y: Tensor = parent.a(x)
         return y
 
 
@@ -81,7 +84,11 @@ def _closure() -> nn.Module:
 
 def _default() -> nn.Module:
     net = Calls()
-    net.act = lambda x, layer=net.a: layer(x)
+
+    def act(x: Tensor, layer: Callable[[Tensor], Tensor] = net.a) -> Tensor:
+        return layer(x)
+
+    net.act = act
     return net
 
 

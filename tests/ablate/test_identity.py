@@ -41,7 +41,8 @@ class Net(nn.Module):
 
 
 def _plain(net: Net, x: Tensor) -> Tensor:
-    return net.last(F.relu(net.norm(net.first(x))))
+    logits: Tensor = net.last(F.relu(net.norm(net.first(x))))
+    return logits
 
 
 def _sequential(activation: nn.Module) -> nn.Module:
@@ -63,14 +64,16 @@ class Attending(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, None] + torch.eye(6)
-        return self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
+        logits: Tensor = self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
+        return logits
 
 
 DATA = torch.randn(6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
 
 
 def _spec(model: nn.Module, **changes: Any) -> ablate.CampaignSpec:
-    settings = {"rows": 6, "block_rows": 2, "ablate_fraction": 0.3, "components": {"kinds": ["linear_neuron"]}}
+    components = {"kinds": ["linear_neuron"]}
+    settings: dict[str, Any] = {"rows": 6, "block_rows": 2, "ablate_fraction": 0.3, "components": components}
     return ablate.CampaignSpec(model=model.eval(), data=DATA, **(settings | changes))
 
 
@@ -194,7 +197,8 @@ def test_what_changes_no_number_is_no_other_code() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
-            return self.last(self.drop(self.act(self.first(x))))
+            logits: Tensor = self.last(self.drop(self.act(self.first(x))))
+            return logits
 
     place = MemoryStore()
     for calls, inplace, p in ((0, False, 0.1), (7, True, 0.5)):
@@ -208,8 +212,8 @@ def test_a_store_of_before_is_gone_on_with_and_told_of(caplog: pytest.LogCapture
     old = {key: value for key, value in stored.items() if key not in ("code", "weights", "output_settings")}
     assert compared({k: v for k, v in old.items() if k != "sample_outputs"}, stored) == []
     with caplog.at_level("INFO", logger="ablate"):
-        ablate.identity.require_same("a.zarr", old, lambda sample: stored, "", finished=True)
-    assert [record.event for record in caplog.records] == ["code_not_compared"]
+        ablate.identity.require_same("a.zarr", old, lambda sample: stored, lambda: "", finished=True)
+    assert [vars(record)["event"] for record in caplog.records] == ["code_not_compared"]
 
 
 class Scaled(ablate.Output):
@@ -219,7 +223,8 @@ class Scaled(ablate.Output):
         self._factor = factor
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return (self._factor * logits).gather(1, targets[:, None])[:, 0]
+        scaled: Tensor = self._factor * logits
+        return scaled.gather(1, targets[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("make", [_campaign, _estimate])

@@ -216,7 +216,7 @@ def test_scores_refuse(target: Any, reference: Any, message: str) -> None:
 
 
 def test_positions_may_be_an_array(attributions: coar.Attributions) -> None:
-    found: Any = coar.coar_edit(attributions, np.array([0, 1]), np.array([2, 3, 4]), k=3)  # type: ignore[arg-type]
+    found: Any = coar.coar_edit(attributions, np.array([0, 1]), np.array([2, 3, 4]), k=3)
     assert found == coar.coar_edit(attributions, [0, 1], [2, 3, 4], k=3)
 
 

@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[Callable[[Request], Request], str]] = {
         "inputs[0] holds NaN or infinite values.",
     ),
     "no tensor": (
-        lambda wish: replace(wish, inputs=wish.inputs.tolist()),
+        lambda wish: replace(wish, inputs=wish.inputs.tolist()),  # type: ignore[arg-type]
         "inputs is a list, expected a tensor or an array.",
     ),
     "labels of another length": (

@@ -54,7 +54,7 @@ class Drawn(nn.Module):
         for step in self.steps:
             x = torch.relu(step(x))
         x = x - 0.5 * x.mean(dim=0) if self.mixes else x
-        logits = self.c(x)
+        logits: Tensor = self.c(x)
         return logits.masked_fill(torch.tensor([False, False, False, True, True]), self.mask) if self.mask else logits
 
 

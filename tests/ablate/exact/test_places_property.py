@@ -149,7 +149,7 @@ def _laid_out(part: Any, how: str, h: Tensor, real: Tensor) -> Tensor:
     if how == "windows":
         return _two(part, h.reshape(count * 3, 2, WIDTH)).view(h.shape)
     if how == "chunks of two":
-        return torch.cat([_two(part, some) for some in h.split(2)])
+        return torch.cat([_two(part, some) for some in h.split(2)])  # type: ignore[no-untyped-call]  # torch
     return _two(part, h)
 
 

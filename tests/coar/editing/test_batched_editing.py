@@ -124,8 +124,8 @@ def test_keys_of_a_concept_are_replaced_by_few_when_they_are_many() -> None:
     assert sum(kept.numel() for kept in few._keys) <= 150
     assert few.count == int((weights > 0).sum())
     for how in ("whitened", "raw_eig"):
-        expected, floored = key_directions(keys, weights, moment, 2, how)  # type: ignore[arg-type]
-        found = few.directions(moment, 2, how, 1e-6)  # type: ignore[arg-type]
+        expected, floored = key_directions(keys, weights, moment, 2, how)
+        found = few.directions(moment, 2, how, 1e-6)
         torch.testing.assert_close(found[0], expected)
         assert found[1] == floored
 

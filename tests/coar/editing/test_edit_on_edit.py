@@ -15,6 +15,7 @@ import coar
 from ablate import ComponentIndex, Examples
 from coar.editing.interpolation import interpolation_curve
 from coar.editing.operations import Delta, Factors, LowRank, Operation, Scale
+from coar.editing.parts import Parts
 from coar.editing.weights import conflicts, covered
 
 Weights = dict[str, Tensor]
@@ -98,7 +99,9 @@ def test_a_chain_is_one_edit_after_the_other(
             loaded = coar.load_edit(tmp_path / "chain.safetensors")
             assert loaded == chain
             assert _bits(loaded.apply(conv_net)) == _bits(expected)
-    assert len(first.then(second).then(third).operation.parts) == 3
+    operation = first.then(second).then(third).operation
+    assert isinstance(operation, Parts)
+    assert len(operation.parts) == 3
 
 
 def test_a_chain_at_alpha_lies_on_the_line_to_its_end(conv_net: nn.Module, index: ComponentIndex) -> None:

@@ -162,7 +162,7 @@ def test_an_adapter_beside_an_ablated_layer_stays(wrapper: type[nn.Module], laye
     edit = coar.Edit(_index(model).where(module=layer))
     assert _notes(edit, model) == {layer: f"stays beside it: {beside}"}
     assert _notes(coar.Edit(_index(model).where(module="1")), model) == {}
-    model[1].bias.data.zero_()
+    model.get_parameter("1.bias").data.zero_()
     with torch.no_grad():
         assert edit.apply(model)(torch.ones(1, 4)).any(), "what the adapter adds is still there"
 

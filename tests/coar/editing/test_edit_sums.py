@@ -15,6 +15,7 @@ import coar
 from ablate import ComponentIndex
 from coar.editing.finetune import FineTuning
 from coar.editing.operations import Ablate, Delta, Scale
+from coar.editing.parts import Parts
 from coar.editing.request import Request
 from coar.editing.weights import conflicts, covered
 
@@ -68,6 +69,7 @@ def test_a_sum_says_the_change_of_all_its_parts(
                 )
         edit.save(tmp_path / "sum.safetensors")
         assert _said(coar.load_edit(tmp_path / "sum.safetensors")) == _said(edit)
+    assert isinstance(total.operation, Parts)
     assert [part.alpha for part in total.operation.parts] == list(strengths)
 
 

@@ -121,7 +121,8 @@ def test_positions_in_every_form(model: nn.Module, positions: Any) -> None:
     expected = coar.coar_edit(attributions, [0, 1], [5, 6, 7], k=2)
     assert coar.coar_edit(attributions, positions, torch.tensor([5, 6, 7]), k=2) == expected
     editor = get_editor("coar", k=2, attributions=attributions, target=positions, reference=np.array([5, 6, 7]))
-    made = editor.edit(model, Request(X[:2], Y[:2], reference=(X[5:8], Y[5:8])))
+    ordinary: Any = (X[5:8], Y[5:8])
+    made = editor.edit(model, Request(X[:2], Y[:2], reference=ordinary))
     assert made.selection == expected.selection
 
 

@@ -81,9 +81,11 @@ def test_a_parameter_that_gets_a_gradient_now_and_then_moves_then() -> None:
 
 
 def test_terms_of_a_loss_may_each_reach_other_parameters() -> None:
+    def terms(net: nn.Linear) -> tuple[Tensor, Tensor]:
+        return net.weight.square().sum(), net.bias.sum() + net.weight.sum()
+
     one, other = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
     other.load_state_dict(one.state_dict())
-    terms = lambda net: (net.weight.square().sum(), net.bias.sum() + net.weight.sum())  # noqa: E731
     for net, loss in ((one, lambda: sum(terms(one))), (other, lambda: terms(other))):
         net.requires_grad_(False)
         descend(net, {"weight": None, "bias": None}, loss, Descent(optimizer="sgd", rate=0.1, steps=2), EditLog())  # type: ignore[arg-type]
@@ -103,7 +105,7 @@ def test_a_function_without_a_backward_is_named() -> None:
             self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.head(Rounds.apply(self.first(x)))  # type: ignore[no-untyped-call]
+            logits: Tensor = self.head(Rounds.apply(self.first(x)))
             return logits
 
     model = Net().eval()
@@ -121,7 +123,8 @@ def test_a_model_that_is_only_a_head(name: str) -> None:
         get_editor(name).edit(model, REQUEST)
     everything = ComponentIndex.from_model(model, ["linear_neuron"], include=["1"]).everything()
     edit = get_editor(name, rate=1e-2, steps=3).edit(model, REQUEST, everything)
-    assert not torch.equal(edit.at(1).apply(model)[1].weight, model[1].weight)  # type: ignore[index]
+    edited = edit.at(1).apply(model)
+    assert not torch.equal(edited.get_parameter("1.weight"), model.get_parameter("1.weight"))
 
 
 def test_two_labels_for_one_input_are_told() -> None:

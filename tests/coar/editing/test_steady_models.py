@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ablate import ComponentIndex, Engine, GatingError
+from ablate import ComponentIndex, Engine, Examples, GatingError
 from ablate.steady import require_steady
 from coar.editing.edit import Edit
 from coar.editing.evaluate import evaluate_edit, evaluate_single_edits, predictions
@@ -57,6 +57,7 @@ def test_the_same_refusal_as_the_engines(case: str, untouched: Untouched) -> Non
     model = _net(kind())
     index = ComponentIndex.from_model(model, ["linear_neuron"])
     edit, pair = Edit(index.select([0])), (X, Y)
+    wish = Request(X[:3], Y[:3], reference=Examples(X[3:], Y[3:]))
     calls: list[Callable[[], Any]] = [
         lambda: Engine(model, index).outputs(index.everything().keep()[None], X, Y),
         lambda: require_steady(model, X[:2]),
@@ -65,7 +66,7 @@ def test_the_same_refusal_as_the_engines(case: str, untouched: Untouched) -> Non
         lambda: evaluate_single_edits(model, lambda m, x, y: edit, {"a": pair}),
         lambda: interpolation_curve(model, edit, {"original": pair, "edited": pair}),
         lambda: get_editor("finetune", steps=1).edit(model, Request(X, Y), index.select([0])),
-        lambda: get_editor("coar", k=1).edit(model, Request(X[:3], Y[:3], reference=(X[3:], Y[3:])), index.select([0])),
+        lambda: get_editor("coar", k=1).edit(model, wish, index.select([0])),
     ]
     for call in calls:
         with untouched(model), pytest.raises(GatingError, match=message):
