@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ablate.components import ComponentIndex
 from ablate.copying import cast, copy_of
-from ablate.gating import attenuate
+from ablate.gating import attenuated
 from ablate.logits import OutputKey, logits_of
 from ablate.outputs import Output, get_output
 from ablate.state import preserved_random_state
@@ -46,20 +46,19 @@ def reference_outputs(
 def literal_logits(
     model: nn.Module, index: ComponentIndex, keep: Tensor, inputs: Tensor, dtype: torch.dtype, closed: float = 0.0
 ) -> Tensor:
-    """Returns the logits of example i under keep-vector i: a fresh copy of the model, weights changed, then run.
+    """Returns the logits of example i under keep-vector i: weights of a copy are changed, it runs, and is put back.
 
     Args:
-      model: Copied per keep-vector, in `dtype` on the device of the inputs; not changed and never run.
+      model: Copied, in `dtype` on the device of the inputs; not changed and never run.
       index: Its components.
       keep: (examples, components) bool.
       inputs: (examples, ...).
-      dtype: Of the copies.
+      dtype: Of the copy.
       closed: The factor for the weights of components that are not kept.
     """
     rows = []
+    copied = cast(copy.deepcopy(model), inputs.device, dtype)
     for example, row in enumerate(keep):
-        ablated = cast(copy.deepcopy(model), inputs.device, dtype)
-        attenuate(ablated, index.select(torch.nonzero(~row).flatten().tolist()), closed)
-        with torch.no_grad():
-            rows.append(ablated(inputs)[example])
+        with torch.no_grad(), attenuated(copied, index.select(torch.nonzero(~row).flatten().tolist()), closed):
+            rows.append(copied(inputs)[example])
     return torch.stack(rows)

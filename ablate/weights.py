@@ -111,6 +111,11 @@ class _Weight:
             self.bias.copy_(self.bias_master)
 
 
+def _is_finite(weight: Tensor) -> bool:
+    """Returns whether no number is NaN or infinite: their sum tells in one pass, unless it overflows by itself."""
+    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
+
+
 class WeightGates:
     """The weights of one model under one keep-vector at a time, and their way back.
 
@@ -158,7 +163,7 @@ class WeightGates:
         self._by_rows = all(site.by_rows for site in self._weights)
         self._on_cpu = all(site.weight.device.type == "cpu" for site in self._weights)
         # a product makes nan of inf times zero: those rare weights take the careful way
-        self._by_product = self._by_rows and all(bool(torch.isfinite(site.master).all()) for site in self._weights)
+        self._by_product = self._by_rows and all(_is_finite(site.master) for site in self._weights)
 
     def set_keep(self, keep: Tensor) -> None:
         """Makes the model run with this keep-vector, (components,) bool: kept as it is, or closed.
