@@ -87,7 +87,7 @@ def test_nested_blocks_add_up_and_come_back(
 
 def test_parameters_that_are_views_of_one_memory_come_back(untouched: Untouched) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    shared = nn.Parameter(model[0].get_parameter("weight").detach())  # another parameter, the same numbers
+    shared = nn.Parameter(model[0].get_parameter("weight").detach().t())  # another view of the same numbers
     model[1].register_parameter("weight", shared)
     index = ablate.ComponentIndex.from_model(model, ["linear_neuron"]).expect(6)
     with untouched(model), ablate.ablated(model, index.select([0, 1, 3, 4])):
