@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ablate.attention import no_fast_path
 from ablate.components import ComponentIndex
 from ablate.data import Examples
 from ablate.errors import DataError, GatingError, UnknownNameError
-from ablate.probe import no_fast_path
 from ablate.uses import Op, Rows, UseMode, bias_of
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ablate.ablation import Means
+from ablate.attention import no_fast_path
 from ablate.components import ComponentIndex, Port
 from ablate.convolutions import per_channel
 from ablate.errors import GatingError, NoGradientError
 from ablate.gated_modules import ROLES, GatedAttention, gated_class
 from ablate.gates import Gates, Places, Tap
-from ablate.probe import ProbeReport, Use, no_fast_path
+from ablate.probe import ProbeReport, Use
 from ablate.uses import Op, Rows, UseMode
 
 

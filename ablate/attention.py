@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,17 @@ from torch import Tensor
 
 Project = Callable[..., Tensor]
 """`project(role, x, weight, bias, start, stop)`: x times rows of a weight; roles are in, q, k, v and out."""
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Switches off the fused attention and encoder layers that read weights behind every module's back."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def attention_forward(

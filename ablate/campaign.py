@@ -104,7 +104,7 @@ def _open_or_create(
         campaign = CampaignStore.open(place, mode="r+")
     except StoreNotFoundError:
         header = {
-            "identity": identity(True),  # a model that cannot be run leaves no store behind
+            "identity": identity(),  # a model that cannot be run leaves no store behind
             "spec": spec.describe(),
             "loadable": spec.loadable,
             "index": engine.index.to_json(),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ablate.attention import no_fast_path
 from ablate.closeness import gap
 from ablate.errors import GatingError
 from ablate.gating import attenuate_memory
@@ -96,7 +97,7 @@ def _run(model: nn.Module, memory: Mapping[str, Tensor], selection: Selection, i
     with torch.inference_mode():  # may write into what was made in it
         attenuate_memory(memory, selection, 0.0)
     try:
-        with preserved_random_state(), torch.no_grad(), reads:
+        with preserved_random_state(), torch.no_grad(), no_fast_path(), reads:
             return _Ran(model(inputs.clone()), None, reads.storages)
     except torch.OutOfMemoryError:
         raise

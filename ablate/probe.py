@@ -9,7 +9,7 @@ tell (see `routing`). What cannot be established is reported, never assumed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.attention import NotImplementedInGatingError
+from ablate.attention import NotImplementedInGatingError, no_fast_path
 from ablate.buffers import written_buffers
 from ablate.closeness import gap, same
 from ablate.components import ComponentIndex
@@ -64,17 +64,6 @@ class ProbeReport:
     in_pairs: bool = False  # a batch of one example loses its axis (`.squeeze()`): it is run as two of the same
     code: dict[str, Any] = field(default_factory=dict)  # types and settings of modules, calls
     rewritten: tuple[str, ...] = ()  # buffers that a forward writes
-
-
-@contextmanager
-def no_fast_path() -> Iterator[None]:
-    """Switches off the fused attention and encoder layers that read weights behind every module's back."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def probe(

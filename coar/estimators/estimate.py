@@ -145,9 +145,9 @@ class _Run:
         self.seed = spec.settings.seed
         self.plan = KeepPlan(len(self.index), max(1, quality_rows), fraction, self.seed ^ QUALITY_SEED)
 
-    def identity(self, sample: bool) -> dict[str, Any]:
-        """Returns what the store is bound to, with outputs of the first examples if asked."""
-        of = subject_identity(self.examples, self.engine, sample)
+    def identity(self) -> dict[str, Any]:
+        """Returns what the store is bound to."""
+        of = subject_identity(self.examples, self.engine)
         of["plan"] = {"ablate_fraction": self.fraction, "seed": self.seed}
         return {
             **self.estimator.describe(),
@@ -165,7 +165,7 @@ class _Run:
     def create(self, place: Location, block: int) -> AttributionStore:
         """Makes the empty store."""
         header: Mapping[str, Any] = {
-            "identity": self.identity(True),
+            "identity": self.identity(),
             "spec": self.spec.describe(),
             "loadable": self.spec.loadable,
             "index": self.index.to_json(),

@@ -73,9 +73,9 @@ def estimate_blocks(
         return 0, []
     path = f"{os.fspath(campaign).rstrip('/').removesuffix('.zarr')}-estimate.zarr"
 
-    def identity(sample: bool) -> dict[str, Any]:
+    def identity() -> dict[str, Any]:
         plan = {"ablate_fraction": estimator.ablate_fraction, "seed": seed}
-        of = {**subject_identity(examples, engine, sample), "plan": plan}
+        of = {**subject_identity(examples, engine), "plan": plan}
         own = {**estimator.describe(), "quality_rows": quality_rows}
         return {**own, "of": of, "versions": package_versions()}
 

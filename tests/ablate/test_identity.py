@@ -212,7 +212,7 @@ def test_a_store_of_before_is_gone_on_with_and_told_of(caplog: pytest.LogCapture
     old = {key: value for key, value in stored.items() if key not in ("code", "weights", "output_settings")}
     assert compared({k: v for k, v in old.items() if k != "sample_outputs"}, stored) == []
     with caplog.at_level("INFO", logger="ablate"):
-        ablate.identity.require_same("a.zarr", old, lambda sample: stored, lambda: "", finished=True)
+        ablate.identity.require_same("a.zarr", old, lambda: stored, lambda: "", finished=True)
     assert [vars(record)["event"] for record in caplog.records] == ["code_not_compared"]
 
 
