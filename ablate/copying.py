@@ -51,7 +51,7 @@ def copy_with(model: nn.Module, weights: Mapping[str, Tensor], share: bool = Fal
     tensors = parameters | dict(model.named_buffers())
     with torch.inference_mode(False):
         values = {n: p.detach() for n, p in parameters.items() if share and type(p) is nn.Parameter}
-        values |= {name: value.detach() for name, value in weights.items()}
+        values |= {name: _ordinary(value.detach()) for name, value in weights.items()}
         for group in overlapping(tensors):
             if not share or set(group) & set(weights):
                 values |= copied_together({name: tensors[name] for name in group})
@@ -64,6 +64,11 @@ def copy_with(model: nn.Module, weights: Mapping[str, Tensor], share: bool = Fal
             _not_copied(model, error)
     require_own(model, made)
     return made
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Returns a tensor that may need gradients: one made in inference mode is copied outside of it."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:

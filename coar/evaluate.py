@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy.stats import rankdata
+from torch.utils.data import Dataset
 
 from ablate import Engine, Examples, KeepPlan
 from coar.attributions import Attributions
@@ -234,7 +235,7 @@ class Evaluation:
 def evaluate(
     attributions: Attributions,
     engine: Engine,
-    examples: Examples,
+    examples: Examples | tuple[Any, ...] | Dataset[Any],
     *,
     rows: int = 200,
     ablate_fraction: float | Sequence[float] | None = None,
@@ -248,7 +249,7 @@ def evaluate(
     Args:
       attributions: What is judged.
       engine: The same model, index, output and ablation.
-      examples: All examples of the attributions, in their order.
+      examples: All examples of the attributions, in their order: also a pair (inputs, targets), or a data set.
       rows: Number of fresh keep-vectors per ablate fraction.
       ablate_fraction: Share of components ablated, or several (`ABLATE_FRACTIONS` are customary); None: what the
         attributions were estimated at.
@@ -262,6 +263,7 @@ def evaluate(
       KeepError: A fraction that is not between 0 and 1.
     """
     attributions.require_output_units("An evaluation")
+    examples = Examples.of(examples, labelled=engine.output.needs_labels)
     _check_subject(attributions, engine, examples, rows, seed)
     fitted_at = attributions.header["identity"]["of"]["plan"]["ablate_fraction"]
     fractions = _as_fractions(fitted_at if ablate_fraction is None else ablate_fraction)

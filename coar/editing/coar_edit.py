@@ -6,6 +6,7 @@ examples; ablate the k smallest to raise the target's output relative to the ref
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -155,8 +156,7 @@ class Ranking:
 
     def edit(self, k: int) -> Edit:
         """Returns the edit that ablates the first k components."""
-        if not 1 <= k <= len(self.ids):
-            raise EditError(f"k is {k}, expected 1 to {len(self.ids)}, the number of components.")
+        k = _size(k, 1, len(self.ids))
         details: dict[str, Any] = {
             "direction": self.direction,
             "k": k,
@@ -306,6 +306,18 @@ def coar_edit(
     return rank_components(attributions, target, reference, direction).edit(k)
 
 
+def _size(k: Any, least: int, most: int) -> int:
+    """Returns how many components to ablate, an integer of any library; raises EditError for anything else."""
+    try:
+        size = None if isinstance(k, (bool, np.bool_)) else operator.index(k)
+    except TypeError:
+        size = None
+    if size is None or not least <= size <= most:
+        got = repr(k) if size is None else size
+        raise EditError(f"k is {got}, expected an integer from {least} to {most}, the number of components.")
+    return size
+
+
 def sweep_edit_size(ranking: Ranking, engine: Engine, examples: ExamplesLike, sizes: Sequence[int]) -> pd.DataFrame:
     """Returns group accuracies on `examples` when the first k components are ablated, for each k. Mutates nothing.
 
@@ -324,9 +336,7 @@ def sweep_edit_size(ranking: Ranking, engine: Engine, examples: ExamplesLike, si
     """
     examples = as_examples(examples, "examples")
     ranking.require_engine(engine, examples)
-    for k in sizes:
-        if not 0 <= k <= len(ranking.ids):
-            raise EditError(f"k is {k}, expected 0 to {len(ranking.ids)}.")
+    sizes = [_size(k, 0, len(ranking.ids)) for k in sizes]
     keep = np.ones((len(sizes), len(ranking.index)), dtype=np.bool_)
     for row, k in enumerate(sizes):
         keep[row] = ranking.keep(k)

@@ -155,9 +155,13 @@ def test_every_k_up_to_all_components(fitted: coar.Attributions, k: int) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k is 0, expected 1 to 7, the number of components."),
-        ({"k": -1}, "k is -1, expected 1 to 7, the number of components."),
-        ({"k": 8}, "k is 8, expected 1 to 7, the number of components."),
+        ({"k": 0}, "k is 0, expected an integer from 1 to 7, the number of components."),
+        ({"k": -1}, "k is -1, expected an integer from 1 to 7, the number of components."),
+        ({"k": 8}, "k is 8, expected an integer from 1 to 7, the number of components."),
+        *(
+            ({"k": k}, f"k is {k!r}, expected an integer from 1 to 7, the number of components.")
+            for k in (1.5, 2.0, "2", None, True)
+        ),
         ({"target": []}, "The target set is empty: give the positions of at least one example."),
         ({"reference": []}, "The reference set is empty: give the positions of at least one example."),
         ({"target": [0, 5]}, "The target set has no example 5: positions are 0 to 4."),
@@ -244,10 +248,10 @@ def test_sweep_is_the_accuracy_of_each_edit(
 def test_sweep_refuses(tiny_fit: coar.Attributions, tiny_net: nn.Module, tiny_examples: Examples) -> None:
     ranking = coar.rank_components(tiny_fit, [0], [1])
     engine = Engine(tiny_net, tiny_fit.index)
-    for k in (-1, 11):
+    for k in (-1, 11, 0.5, True):
         with pytest.raises(coar.EditError) as refused:
             coar.sweep_edit_size(ranking, engine, tiny_examples, [0, k])
-        assert str(refused.value) == f"k is {k}, expected 0 to 10."
+        assert str(refused.value) == f"k is {k}, expected an integer from 0 to 10, the number of components."
     with pytest.raises(coar.EditError) as refused:
         coar.sweep_edit_size(ranking, Engine(tiny_net, tiny_fit.index, "loss"), tiny_examples, [1])
     assert str(refused.value) == "The engine's output is 'loss', expected 'margin': accuracy is margin > 0."

@@ -88,6 +88,16 @@ def test_evaluate_runs_the_model_on_fresh_rows(
     assert found.summary()["mean"] > 0.8
 
 
+def test_evaluate_takes_a_pair(tiny_engine: Engine, tiny_net: nn.Module, tiny_examples: Examples) -> None:
+    """Of what the campaign calls its examples by default."""
+    data = (tiny_examples.inputs(), tiny_examples.targets)
+    attributions = coar.estimate(tiny_net, data, passes=4, ablate_fraction=0.2)
+    found = coar.evaluate(attributions, tiny_engine, data, rows=5)
+    np.testing.assert_array_equal(
+        found.actual, coar.evaluate(attributions, tiny_engine, Examples(*data), rows=5).actual
+    )
+
+
 def test_evaluate_at_another_fraction(
     tiny_fit: coar.Attributions, tiny_engine: Engine, tiny_examples: Examples
 ) -> None:
