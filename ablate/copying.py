@@ -42,13 +42,14 @@ def copy_with(model: nn.Module, weights: Mapping[str, Tensor], share: bool = Fal
       model: The model.
       weights: The new values; the copy owns them.
       share: Parameters that are not named share their memory with the model's; buffers never do, because training mode
-        changes them. False: nothing is shared.
+        changes them, nor does a model made in inference mode. False: nothing is shared.
 
     Raises: as `copy_of`, but for compiled models: their copy is compiled anew.
     """
     _require_copyable(model)
     parameters = dict(model.named_parameters())
     tensors = parameters | dict(model.named_buffers())
+    share = share and not any(p.is_inference() for p in parameters.values())  # their memory can need no gradients
     with torch.inference_mode(False):
         values = {n: p.detach() for n, p in parameters.items() if share and type(p) is nn.Parameter}
         values |= {name: _ordinary(value.detach()) for name, value in weights.items()}

@@ -57,6 +57,19 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
     )
 
 
+def lies_over_itself(tensor: Tensor) -> bool:
+    """Returns whether two entries of a tensor may be one number in memory, as those of `expand` are."""
+    if Extent.of(tensor) is None:
+        return False
+    reach = 0  # of all axes with smaller strides
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
 def first_names(model: nn.Module) -> dict[str, str]:
     """Returns, for every parameter that is another in all but name, the first name of that one."""
     parameters = dict(model.named_parameters())
@@ -84,7 +97,7 @@ def tie(model: nn.Module) -> None:
 
 
 def require_apart(model: nn.Module, index: ComponentIndex) -> None:
-    """Raises GatingError unless no weight of an index lies over another tensor, in part or turned round.
+    """Raises GatingError unless no weight of an index lies over itself or another tensor, in part or turned round.
 
     Zeroing a slice of the one would change the other, which a gate on an activation does not, nor a cast copy. Weights
     that are the same memory altogether are one weight, and listed as one.
@@ -92,6 +105,14 @@ def require_apart(model: nn.Module, index: ComponentIndex) -> None:
     parameters = dict(model.named_parameters())
     others = first_names(model)
     listed = {port.parameter for port in index.ports}
+    for name in sorted(listed & parameters.keys()):
+        if lies_over_itself(parameters[name]):
+            raise GatingError(
+                f"The weight {name!r} lies over itself in memory, as an expanded tensor does "
+                f"(shape {tuple(parameters[name].shape)}, strides {parameters[name].stride()}): ablating a component "
+                "changes others, too. Give each number its own memory (parameter.data = parameter.data.contiguous()), "
+                "or leave it out with exclude=[...]."
+            )
     for group in overlapping(parameters | dict(model.named_buffers())):
         different = [name for name in group if name not in others]
         for name in sorted(listed & set(group)):

@@ -166,6 +166,20 @@ def test_weights_of_one_memory_are_one_component(precision: str) -> None:
         torch.testing.assert_close(outputs.float(), torch.stack(expected), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("kind", ["expanded", "unfolded"])
+def test_a_weight_that_lies_over_itself_is_refused(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    index = ablate.ComponentIndex.from_model(model)
+    row = model.get_parameter("0.weight").data[:1]
+    model[0].weight.data = row.expand(4, 4) if kind == "expanded" else torch.arange(7.0).as_strided((4, 4), (1, 1))
+    with pytest.raises(GatingError, match=r"^The weight '0\.weight' lies over itself in memory, .*\.contiguous\(\)"):
+        ablate.Engine(model, index)
+    model[0].weight.data = model.get_parameter("0.weight").data.contiguous()
+    ablate.Engine(model, index)
+    model[0].weight.data = model.get_parameter("0.weight").data.T
+    ablate.Engine(model, index)
+
+
 def test_weights_that_lie_over_others_in_part_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     model[1].weight.data = model[0].weight.data.T

@@ -84,3 +84,15 @@ def test_flags_and_one_parameter_in_two_places_are_kept() -> None:
         assert copied.get_parameter("1.weight") is copied.get_parameter("0.weight") is not model[0].weight
         assert not copied.get_parameter("1.weight").any()
         assert [parameter.requires_grad for parameter in copied.parameters()] == [True, False, True]
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(("made_in_it", "copied_in_it"), [(False, True), (True, False), (True, True)])
+def test_a_copy_made_in_inference_mode_can_be_trained(share: bool, made_in_it: bool, copied_in_it: bool) -> None:
+    with torch.inference_mode(made_in_it):
+        model = Tied()
+    with torch.inference_mode(copied_in_it):
+        copied = copy_with(model, {"other.weight": torch.ones(4, 3)}, share)
+    copied(torch.ones(2, 3)).sum().backward()
+    assert copied.get_parameter("other.weight").grad is not None
+    assert copied.get_parameter("one.weight").data_ptr() == copied.get_parameter("two.weight").data_ptr()
