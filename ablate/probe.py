@@ -138,10 +138,11 @@ def checked_runs(
         joint, stack, logits = _record(model, watched, inputs)
     draws = not torch.equal(before, _random_state(inputs))
     check(logits)
+    _require_real(logits)
     for _ in range(RUNS_IF_RANDOM if draws else 1):
         steps = Steps()  # not of the first run, in which some models fill caches
         again, other_stack, repeated = _record(model, watched, inputs, steps)
-        _require_same(stack, other_stack, logits, repeated)
+        _require_same(stack, other_stack, logits, repeated, () if draws else rewritten)
     twice, first, second = _one_by_one(model, watched, inputs)
     three = (joint, stack, logits), first, second
     _require_independent(model, [run[2] for run in three], [run[1] for run in three], tolerance)
@@ -284,10 +285,24 @@ def _random_state(inputs: Tensor) -> Tensor:
     return torch.cuda.get_rng_state(inputs.device) if inputs.is_cuda else torch.get_rng_state()
 
 
-def _require_same(one: Stack, two: Stack, logits: Tensor, repeated: Tensor) -> None:
-    """Raises unless two equal runs gave equal logits; names the first innermost module that differed."""
+def _require_real(logits: Tensor) -> None:
+    if logits.is_complex():
+        raise DataError(
+            f"The model returned complex logits ({str(logits.dtype).removeprefix('torch.')}), expected real ones. Wrap "
+            "it so that it returns real numbers, e.g. logits.abs() or logits.real."
+        )
+
+
+def _require_same(one: Stack, two: Stack, logits: Tensor, repeated: Tensor, rewritten: Sequence[str]) -> None:
+    """Raises unless two equal runs gave equal logits; names what was rewritten, or the first module that differed."""
     if same(logits, repeated):
         return
+    if rewritten:
+        raise GatingError(
+            f"The model changes its buffer {rewritten[0]!r} in eval mode, at every forward, so that its outputs depend "
+            "on how often it ran: the same two examples gave different logits. Let it change buffers in training only "
+            "(`if self.training:`)."
+        )
     names = []
     for a, b in zip(one.frames, two.frames, strict=False):
         same_in = isinstance(a.input, Tensor) and isinstance(b.input, Tensor) and torch.equal(a.input, b.input)

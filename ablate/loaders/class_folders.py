@@ -129,7 +129,9 @@ def _by_list(path: Path, folders: Sequence[str], classes: Classes, count: int | 
 def _read_names(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise LoadError(f"The file of class names {str(file)!r} is not UTF-8 text. Save it as UTF-8.") from error
+    except OSError as error:
         close = nearest(str(file), KEYWORDS, limit=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise LoadError(

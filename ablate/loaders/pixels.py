@@ -22,7 +22,8 @@ _ORIENTATION = 0x0112  # EXIF's tag
 _TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
 _TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 _TURNED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp", "Raw profile type xmp")
-_WHITES = (255, 4095, 65535)  # of 8, 12 and 16 bits, as cameras and scanners write them
+_WHITES = (4095, 65535)  # of 12 and 16 bits, as cameras and scanners write them
+_DARK = 255  # what holds nothing above may be an image of 8 bits, or a dark one of more
 _ADVICE = "Say in the table of the data which number is white, e.g. white = {}, or save 8-bit images."
 
 
@@ -51,11 +52,12 @@ def _damaged_exif_ignored() -> Iterator[None]:
 def plain(image: Any, white: float | None = None) -> Any:
     """Returns a PIL image upright, as EXIF says, and with 8 bits per channel; one that is so already, as it is.
 
-    More bits are scaled so that `white` becomes 255. None: of floating-point numbers 1; of integers 255, 4095 or 65535,
-    the least that is not below the image's largest value.
+    More bits are scaled so that `white` becomes 255. None: of floating-point numbers 1; of integers 4095 or 65535, the
+    least that is not below the image's largest value.
 
     Raises:
-      DataError: Values below 0, above `white` or not finite; or inks whose meaning the file does not say.
+      DataError: Integers of which none is above 255, and `white` is not given; values below 0, above `white` or not
+        finite; or inks whose meaning the file does not say.
     """
     if image.mode == "CMYK" and getattr(image, "format", None) == "JPEG" and "adobe" not in image.info:
         raise DataError("It is a CMYK JPEG that does not say whether its inks are inverted. Save it as RGB.")
@@ -117,6 +119,10 @@ def _eight_bits(values: npt.NDArray[Any], white: float | None) -> npt.NDArray[np
         if low < 0 or found is None:
             raise DataError(
                 f"{got}, expected 0 to {known[-1]:g}. {_ADVICE.format(255 if high <= 255 else f'{high:g}')}"
+            )
+        if values.dtype.kind != "f" and 0 < high <= _DARK:
+            raise DataError(
+                f"{got}, which may be all of 8 bits or a dark image of more. {_ADVICE.format('255 or 4095')}"
             )
         white = found
     elif low < 0 or high > white:

@@ -188,6 +188,12 @@ def test_names_that_do_not_fit(classes: Any, message: str, tmp_path: Path) -> No
         folder_labels(HERE, ["cat", "dog"], classes, 4)
 
 
+def test_a_file_of_names_that_is_no_utf8(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes("chat\nchât\n".encode("latin-1"))
+    with pytest.raises(ablate.LoadError, match=r"classes\.txt' is not UTF-8 text\. Save it as UTF-8\.$"):
+        folder_labels(HERE, ["cat", "dog"], str(tmp_path / "classes.txt"), 4)
+
+
 def test_a_misspelt_word_is_no_file() -> None:
     with pytest.raises(
         ablate.LoadError, match=r"'imagnet', and there is no such file .*Did you mean 'imagenet'\? Give f"

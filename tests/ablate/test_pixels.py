@@ -29,7 +29,6 @@ DEEP: dict[str, tuple[str, Any]] = {
     "16 bits, TIFF": ("x.tif", (RAMP * 65535).astype(np.uint16)),
     "16 bits, big-endian": ("x.pgm", (RAMP * 65535).astype(np.uint16)),
     "12 bits in 16": ("x.png", (RAMP * 4095).astype(np.uint16)),
-    "8 bits in 16": ("x.png", GREY.astype(np.uint16)),
     "16 bits in 32": ("x.tif", (RAMP * 65535).astype(np.int32)),
     "floats": ("x.tif", RAMP.astype(np.float32)),
 }
@@ -58,8 +57,15 @@ def test_the_user_says_what_is_white(tmp_path: Path) -> None:
     assert np.asarray(read_image(path, 200)).tolist() == [[0, 64, 128]]
     with pytest.raises(ablate.DataError, match=r"values from 0 to 100, expected 0 to 90, which the table of the data"):
         read_image(path, 90)
+    path = _saved(tmp_path / "x.png", GREY.astype(np.uint16))
+    np.testing.assert_array_equal(np.asarray(read_image(path, 255)), GREY)
     path = _saved(tmp_path / "x.png", (RAMP * 1000).astype(np.uint16))
     assert np.asarray(read_image(path, 65535)).max() == 4, "a dark scene of 16 bits stays dark where the user says so"
+
+
+def test_an_image_of_nothing_but_black_needs_no_white(tmp_path: Path) -> None:
+    image = read_image(_saved(tmp_path / "x.png", np.zeros((4, 4), dtype=np.uint16)))
+    assert not np.asarray(image).any()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,10 @@ def test_the_user_says_what_is_white(tmp_path: Path) -> None:
         (np.array([[0.0, np.nan]], dtype=np.float32), r"floating-point values that are not finite"),
         ((RAMP * 2**20).astype(np.int32), r"32-bit values from 0 to 1\.04858e\+06, expected 0 to 65535\."),
         ((RAMP * 100).astype(np.int32) - 9, r"32-bit values from -9 to 91, expected 0 to 65535\."),
+        (
+            GREY.astype(np.uint16),
+            r"16-bit values from 0 to 255, which may be all of 8 bits or a dark .* white = 255 or",
+        ),
         (RAMP.astype(np.float32) / 1e6, r"from 0 to 1e-06: with 1 as white, all of it is one grey\."),
     ],
 )

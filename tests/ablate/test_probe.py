@@ -612,3 +612,42 @@ def test_dropout_that_does_the_same_twice_is_noticed_all_the_same(seed: int, inp
     torch.manual_seed(seed)  # with these two runs drop the same of six logits
     model = REFUSED["dropout by a function"][0]()
     assert _message(model, ablate.errors.GatingError, inputs, targets).startswith(RANDOM)
+
+
+class MovingAverage(nn.Module):
+    """Subtracts a moving average that goes on moving in eval mode."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean())
+        return x - self.mean
+
+
+class Returning(nn.Module):
+    """Returns something else than logits."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.made = _net(), made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.made(self.net(x))
+
+
+def test_a_buffer_that_goes_on_changing_is_named(inputs: Tensor, targets: Tensor) -> None:
+    message = _message(nn.Sequential(MovingAverage(), *_net()), GatingError, inputs, targets)
+    assert message.startswith(
+        "The model changes its buffer '0.mean' in eval mode, at every forward, so that its outputs"
+    )
+
+
+def test_complex_and_sparse_logits_are_named(inputs: Tensor, targets: Tensor) -> None:
+    message = _message(Returning(lambda logits: logits * (1 + 1j)), DataError, inputs, targets)
+    assert message.startswith("The model returned complex logits (complex")
+    message = _message(Returning(torch.Tensor.to_sparse), DataError, inputs, targets)
+    assert message.startswith("The model returns a sparse tensor of shape (2, ")
