@@ -169,7 +169,7 @@ def _require_equal(model: nn.Module, copied: _Ran, live: _Ran) -> None:
             f"This {name}{which} fails on two of the inputs as it is: {(raised or ['no message'])[0].rstrip('.')}. So "
             "it cannot be shown that a copy of it responds. Give inputs as the model takes them."
         )
-    got, expected = (list(tensors_in(run.output)) for run in (copied, live))
+    got, expected = ([_dense(tensor) for tensor in tensors_in(run.output)] for run in (copied, live))
     shapes = [[tensor.shape for tensor in tensors] for tensors in (got, expected)]
     found: object = f"shapes {shapes[0]} for {shapes[1]}" if shapes[0] != shapes[1] else None
     for one, two in zip(got, expected, strict=False):
@@ -179,3 +179,7 @@ def _require_equal(model: nn.Module, copied: _Ran, live: _Ran) -> None:
             f"A copy of this {name} does not respond as the model itself: with weights set to zero in both, logits "
             f"differ by {found} on two examples. {ADVICE}"
         )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()

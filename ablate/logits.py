@@ -31,7 +31,7 @@ def logits_of(returned: Any, key: OutputKey = None) -> Tensor:
       key: Which entry the logits are; None: by the rule above.
 
     Raises:
-      DataError: There is no such entry, it is no tensor, or none is told apart; names what there is.
+      DataError: There is no such entry, it is no tensor or a sparse one, or none is told apart; names what there is.
     """
     if isinstance(returned, Tensor):
         if key is not None:
@@ -39,7 +39,7 @@ def logits_of(returned: Any, key: OutputKey = None) -> Tensor:
                 f"output_key is {key!r}, but the model returns one tensor of shape {tuple(returned.shape)}: there is "
                 "nothing to choose from. Leave output_key out."
             )
-        return returned
+        return _strided(returned)
     entries = entries_of(returned)
     if key is None and LOGITS in entries:
         key = LOGITS
@@ -47,7 +47,7 @@ def logits_of(returned: Any, key: OutputKey = None) -> Tensor:
         return _entry(returned, entries, key)
     only = [value for value in entries.values() if isinstance(value, Tensor)]
     if len(only) == 1 == len(list(tensors_in(list(entries.values())))):
-        return only[0]
+        return _strided(only[0])
     unclear = ", and which of it are the logits is not told" if entries else ""
     raise DataError(f"{_says(returned, entries)}{unclear}. {_advice(entries)}")
 
@@ -116,6 +116,16 @@ def entries_of(returned: Any) -> dict[str | int, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def _strided(logits: Tensor) -> Tensor:
+    """Returns logits as they are; raises DataError for sparse ones."""
+    if logits.layout is not torch.strided:
+        raise DataError(
+            f"The model returns a sparse tensor of shape {tuple(logits.shape)} ({logits.layout}), expected a dense "
+            "one. Wrap it so that it returns logits.to_dense()."
+        )
+    return logits
+
+
 def _entry(returned: Any, entries: Mapping[str | int, Any], key: str | int) -> Tensor:
     """Returns the entry that a key names: by name, by position, or as an attribute."""
     value = entries.get(key)
@@ -124,7 +134,7 @@ def _entry(returned: Any, entries: Mapping[str | int, Any], key: str | int) -> T
     if value is None and isinstance(key, str):
         value = getattr(returned, key, None)
     if isinstance(value, Tensor):
-        return value
+        return _strided(value)
     problem = "has no such entry" if value is None else f"holds a {type(value).__name__} there, expected a tensor"
     raise DataError(
         f"The logits were looked for at {key!r}. {_says(returned, entries)}: it {problem}. {_advice(entries)}"

@@ -640,14 +640,14 @@ class Returning(nn.Module):
 
 
 def test_a_buffer_that_goes_on_changing_is_named(inputs: Tensor, targets: Tensor) -> None:
-    message = _message(nn.Sequential(MovingAverage(), *_net()), GatingError, inputs, targets)
+    message = _message(nn.Sequential(MovingAverage(), *_net()), ablate.errors.GatingError, inputs, targets)
     assert message.startswith(
         "The model changes its buffer '0.mean' in eval mode, at every forward, so that its outputs"
     )
 
 
 def test_complex_and_sparse_logits_are_named(inputs: Tensor, targets: Tensor) -> None:
-    message = _message(Returning(lambda logits: logits * (1 + 1j)), DataError, inputs, targets)
+    message = _message(Returning(lambda logits: logits * (1 + 1j)), ablate.DataError, inputs, targets)
     assert message.startswith("The model returned complex logits (complex")
-    message = _message(Returning(torch.Tensor.to_sparse), DataError, inputs, targets)
+    message = _message(Returning(torch.Tensor.to_sparse), ablate.DataError, inputs, targets)
     assert message.startswith("The model returns a sparse tensor of shape (2, ")
