@@ -23,6 +23,7 @@ from ablate.errors import KeepError as KeepError
 from ablate.errors import LabelError as LabelError
 from ablate.errors import LoadError as LoadError
 from ablate.errors import ModelMismatchError as ModelMismatchError
+from ablate.errors import NoGradientError as NoGradientError
 from ablate.errors import NonFiniteOutputError as NonFiniteOutputError
 from ablate.errors import OutOfMemoryError as OutOfMemoryError
 from ablate.errors import SelectionError as SelectionError

@@ -25,7 +25,7 @@ from ablate.folding import add_missing_biases, fold_batch_norms, norm_scale, to_
 from ablate.probe import ProbeReport, look_again, probe
 from ablate.reference import literal_logits
 from ablate.selection import Selection
-from ablate.selfcheck import TOLERANCE, GateCheck
+from ablate.selfcheck import TOLERANCE, GateCheck, mixed_gates
 from ablate.weights import WeightGates
 
 ATTENTION = {
@@ -37,6 +37,9 @@ ATTENTION = {
 
 
 GRAPHS = 256  # compiled per block, over all engines of a process
+PROBED = 2  # examples in a forward of which the probe knows that none depends on another
+COMPARED = 4  # examples of the first batch of a shape, first and last among them, that are also run alone
+BATCH_TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.bfloat16: 0.25}  # of a logit, alone and in a batch
 CHECKS = 2  # forwards of each kind in which a compiled model is compared with itself uncompiled
 COMPILED_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a logit
 
@@ -127,6 +130,7 @@ class Machine:
         if wanted:
             whole = self.activation.functional is not None
             self.compiled = compile_model(model, wanted if isinstance(wanted, str) else None, whole)
+        self._batches: set[tuple[str, tuple[int, ...]]] = set()  # whose examples were compared with themselves alone
         self._compiled_checks = {"plain": CHECKS, "gated": CHECKS}
         self.attention = speed.attention
 
@@ -172,7 +176,11 @@ class Machine:
 
     def plain(self, inputs: Tensor) -> Tensor:
         """Returns the logits of prepared inputs under the weights as they are set."""
-        return self._run("plain", self._paired(inputs), self.attention)[: len(inputs)]
+        logits = self._run("plain", self._paired(inputs), self.attention)[: len(inputs)]
+        with self._once("weight", inputs) as new:
+            if new:
+                self._require_own(logits, lambda i: self._single(inputs[i : i + 1]))
+        return logits
 
     def gated(self, inputs: Tensor, gates: Tensor, attention: str | None = None) -> Tensor:
         """Returns the logits of prepared inputs, each under its own gates (examples, components); within `active`."""
@@ -188,8 +196,52 @@ class Machine:
         return torch.cat(each)
 
     def _by_parts(self, inputs: Tensor, parts: Sequence[Tensor], attention: str | None) -> Tensor:
+        with self._once("activation", inputs) as new:
+            if new:
+                self._require_own_gates(inputs)
         self.activation.set(parts)
         return self._run("gated", self._paired(inputs), attention or self.attention)[: len(inputs)]
+
+    @contextmanager
+    def _once(self, gating: str, inputs: Tensor) -> Iterator[bool]:
+        """Tells whether no batch of this shape has passed the block yet; the probe knows those of one and two."""
+        shape = (gating, tuple(inputs.shape))
+        yield len(inputs) > PROBED and shape not in self._batches
+        self._batches.add(shape)
+
+    def _require_own_gates(self, inputs: Tensor) -> None:
+        """Raises unless examples of a batch answer to gates of their own as they do alone, each under other gates."""
+        rows = [mixed_gates(len(self.index), i, self.device, self.dtype) for i in range(len(inputs))]
+        parts = self.activation.split(torch.stack(rows))
+
+        def single(i: int) -> Tensor:
+            self.activation.set([part[i : i + 1] for part in parts])
+            return self._single(inputs[i : i + 1])
+
+        with torch.no_grad(), self._eagerly():
+            self.activation.set(parts)
+            self._require_own(self._single(inputs), single)
+
+    def _require_own(self, logits: Tensor, single: Callable[[int], Tensor]) -> None:
+        """Raises unless some examples of a batch give the logits that each gives alone.
+
+        Some models mix examples, or put them elsewhere, only where there are many.
+        """
+        chosen = sorted({round(i) for i in np.linspace(0, len(logits) - 1, COMPARED)})
+        with torch.no_grad(), self._eagerly():
+            alone = torch.cat([single(i) for i in chosen])
+        if alone.shape[1:] != logits.shape[1:]:
+            return  # no logits per example: told where they are measured
+        found = gap(logits.detach()[chosen], alone, BATCH_TOLERANCE[self.dtype])
+        if found is not None:
+            raise GatingError(
+                f"The examples of a batch influence each other in a batch of {len(logits)}, though not in one of two: "
+                f"logits differ by {found} from those of the same examples alone. Give batch_size={PROBED}, or wrap "
+                "the model so that each example's logits depend on that example alone."
+            )
+
+    def _eagerly(self) -> Any:
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def look(self, inputs: Tensor) -> None:
         """Finds out where the examples are on inputs of this shape, unless the last ones had it, too."""
@@ -198,7 +250,7 @@ class Machine:
             return
         if shape not in self._looks:
             two = inputs[:2] if len(inputs) > 1 else torch.cat([inputs, inputs])
-            with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+            with torch.no_grad(), self._eagerly():
                 self.activation.set(None)
                 self._looks[shape] = look_again(self.model, self.index, two)
         self.activation.look(self._looks[shape], shape)
@@ -208,8 +260,7 @@ class Machine:
         """Returns what `gated` returns, never compiled: taps are lists. Of one example where places are not known."""
         self.look(inputs)
         self.activation.set(self.activation.split(gates.to(self.dtype)))
-        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-        with self._attention(self.attention), eager:
+        with self._attention(self.attention), self._eagerly():
             result: Tensor = self.model(self._paired(inputs))
         return result[: len(inputs)]
 

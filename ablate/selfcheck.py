@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ablate.activation import ActivationGates
 from ablate.closeness import gap
@@ -58,6 +59,7 @@ class GateCheck:
         self._run, self._activation, self._weights = run, activation, weights
         self._inputs, self._dtype = inputs, dtype
         self._mixed = mixed_gates(len(activation.index), 0, inputs.device, dtype)
+        self._plain: Tensor | None = None  # logits of the first example under them
 
     def by_weights(self, row: Tensor, example: int) -> Tensor:
         """Returns the logits (1, ...) of an example under a row of gates, by changing weights."""
@@ -85,7 +87,8 @@ class GateCheck:
           sample: Gates (components,) of the second example, beside mixed ones of the first.
           by_weights: Its logits (1, ...) under them.
         """
-        expected = torch.cat([self.by_weights(self._mixed, 0), by_weights])
+        self._plain = self.by_weights(self._mixed, 0)
+        expected = torch.cat([self._plain, by_weights])
         gates = torch.stack([self._mixed, sample])
         with torch.no_grad():
             if not differ(self.by_gates(gates), expected, self._dtype):
@@ -127,11 +130,13 @@ class GateCheck:
         gates = self._mixed[None].clone().requires_grad_()
         cuts = dict(cuts)
         try:
-            with torch.enable_grad(), self._activation.active():
+            with torch.enable_grad(), self._activation.active(), _Hooks() as hooks:
                 parts = self._activation.split(gates)
                 self._activation.set(parts)
-                value = self._value(self._run(self._inputs[:1]))
+                logits = self._run(self._inputs[:1])
+                value = self._value(logits)
                 cuts |= {f"the autograd.Function {name}": "" for name in _functions(value)}
+                cuts |= dict.fromkeys(hooks.found, "")
                 slopes = _slopes(value, parts) if cuts else None
         except NoGradientError as error:
             self._activation.no_gradient |= dict.fromkeys(error.modules, error.cause)
@@ -143,7 +148,11 @@ class GateCheck:
                 modules, f"the model fails when gradients are asked for: {reason}"
             )
             return
-        if slopes is not None:
+        if self._plain is not None and differ(logits.detach(), self._plain, self._dtype):
+            modules = [port.module for port in self._activation.index.ports]
+            told = "the model computes something else while autograd is on (torch.is_grad_enabled(), requires_grad)"
+            self._activation.no_gradient |= dict.fromkeys(modules, told)
+        elif slopes is not None:
             self._compare(slopes, cuts)
 
     def _compare(self, slopes: Tensor, cuts: Mapping[str, str]) -> None:
@@ -188,6 +197,19 @@ class GateCheck:
         logits = torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
         weights = mixed_gates(logits.numel(), 1, logits.device, logits.dtype)
         return (logits.flatten() * weights).sum()
+
+
+class _Hooks(TorchFunctionMode):
+    """Notes hooks that a forward puts on tensors: what autograd brings there they may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.register_hook:
+            self.found.append("a hook on a tensor (register_hook)")
+        return func(*args, **(kwargs or {}))
 
 
 ROUNDED = tuple(f"{name}()" for name in ROUNDING)

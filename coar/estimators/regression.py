@@ -116,7 +116,7 @@ def fit(
         "ablate_fraction": ablate_fraction if len(campaign_fractions(campaign)) > 1 else None,
         "of": {key: value for key, value in campaign.header["identity"].items() if key in SUBJECT},
     }
-    target = open_same(place, lambda sample: identity, overwrite)
+    target = open_same(place, lambda: identity, overwrite)
     if target is None or target.missing_blocks():
         block = target.block_examples if target is not None else None
         plan = MemoryPlan.make(rows, options.method, options.penalties, memory, store is None, block)

@@ -122,7 +122,7 @@ def import_attributions(
         if on_nan == "drop" and len(lost):
             source, subject = source.only(kept), subject.only(kept)
             identity["of"] = {**identity["of"], "data": subject.data}
-        target = open_same(store, lambda sample: identity, overwrite)
+        target = open_same(store, lambda: identity, overwrite)
         if target is None:
             if overwrite:
                 remove(store)
