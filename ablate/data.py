@@ -252,14 +252,21 @@ class Examples(Immutable):
 
 
 def _given(inputs: Any, alone: bool) -> Any:
-    """Returns inputs as a tensor, unless they are a data set. A list with targets beside it is rows of numbers."""
-    listed = isinstance(inputs, (list, tuple)) and not alone
+    """Returns inputs as a tensor, unless they are a data set. A list with targets beside it is rows of numbers.
+
+    A list of pairs (array, target) is a data set, with targets beside it, too.
+    """
+    listed = isinstance(inputs, (list, tuple)) and not alone and not all(map(_is_pair, inputs))
     if listed and len(inputs) and all(isinstance(item, Tensor) for item in inputs):
         shapes = sorted({tuple(item.shape) for item in inputs})
         if len(shapes) > 1:
             raise DataError(f"Inputs have different shapes, {shapes}: make them one shape, or give a data set.")
         return torch.stack(list(inputs))
     return as_tensor(inputs, "Inputs") if listed or isinstance(inputs, (Tensor, np.ndarray)) else inputs
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], (Tensor, np.ndarray)) and item[0].ndim > 0
 
 
 def _readable(name: object) -> str:

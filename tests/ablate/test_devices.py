@@ -109,7 +109,12 @@ def test_no_threads() -> None:
 def test_a_spec_on_another_device_is_the_same_campaign(gpus: Callable[[int], None]) -> None:
     model = torch.nn.Linear(2, 3)
     spec = ablate.CampaignSpec(
-        model=model, data=(torch.zeros(2, 2), [0, 1]), rows=4, ablate_fraction=0.5, device="auto"
+        model=model,
+        data=(torch.zeros(2, 2), [0, 1]),
+        components={"kinds": ["linear_neuron"]},
+        rows=4,
+        ablate_fraction=0.5,
+        device="auto",
     )
     assert on_device(spec, None) is spec
     placed = on_device(spec, "cpu")

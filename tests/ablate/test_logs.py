@@ -81,23 +81,27 @@ def test_a_campaign_as_json_lines(mlp: nn.Module, tmp_path: Path) -> None:
     assert len(lines_of(target.read_text())) == 10
 
 
+BROKEN = (
+    "Output 'margin' fails on what the model returns, shape (5, 3), and targets of shape (5,): RuntimeError: no luck "
+    "with key ***."
+)
+
+
 def test_failures_say_why_and_no_credential_is_written(
     mlp: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     text, as_json = io.StringIO(), io.StringIO()
-    with log_to(text), log_to(as_json, "json"), pytest.raises(RuntimeError):
+    with log_to(text), log_to(as_json, "json"), pytest.raises(ablate.DataError):
         ablate.run(spec(mlp, Broken(lambda call: True)), MemoryStore(), progress=False)
     failed = next(line for line in lines_of(as_json.getvalue()) if line["event"] == "block_failed")
     assert (failed["level"], failed["block"], failed["attempt"]) == ("error", 0, 1)
-    assert failed["why"] == "RuntimeError: no luck with key ***"
+    assert failed["why"] == f"DataError: {BROKEN}"
     assert "RuntimeError: no luck with key ***" in failed["trace"]
     assert SECRET not in text.getvalue() + as_json.getvalue()
     shown = text.getvalue().splitlines()
     at = next(i for i, line in enumerate(shown) if " ERROR " in line)
-    assert shown[at].endswith(
-        " ERROR   block 0 (keep rows 0 to 2) failed, to be tried again: RuntimeError: no luck with key ***"
-    )
+    assert shown[at].endswith(f" ERROR   block 0 (keep rows 0 to 2) failed, to be tried again: DataError: {BROKEN}")
     assert shown[at + 1] == "    Traceback (most recent call last):"
     assert all(line.startswith(("    ", "20")) for line in shown)
 
@@ -105,7 +109,7 @@ def test_failures_say_why_and_no_credential_is_written(
 def test_blocks_set_aside(mlp: nn.Module) -> None:
     stream = io.StringIO()
     broken = Broken(lambda call: 0 < call - 2 <= 9)
-    with log_to(stream, "json"), pytest.raises((FailedBlocksError, RuntimeError)):
+    with log_to(stream, "json"), pytest.raises((FailedBlocksError, ablate.DataError)):
         ablate.run(spec(mlp, broken), MemoryStore(), progress=False, keep_going=True)
     events = [line["event"] for line in lines_of(stream.getvalue())]
     assert events.count("block_failed") >= 2

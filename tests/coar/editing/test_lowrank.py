@@ -67,6 +67,11 @@ def _change(edit: coar.Edit, model: nn.Module, layer: str) -> Tensor:
     return edit.changed_weights(model)[f"{layer}.weight"] - model.get_parameter(f"{layer}.weight").detach()
 
 
+def _first(model: nn.Module) -> Selection:
+    """The rows of a model that is one layer: they make what it returns, and are edited only if they are named."""
+    return ComponentIndex.from_model(model, ["linear_neuron"]).everything()
+
+
 def _scalar() -> tuple[nn.Module, Request]:
     """f(x) = x, of one number: 2 should give what 1 gives."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False)).eval()
@@ -155,11 +160,11 @@ def test_full_rank_reaches_any_change() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False)).eval()
     originals = torch.randn(3, 3)
     request = Request(torch.eye(3) * 1.5, originals=originals)
-    edit = _quick(rank=2, rate=0.2, steps=600, restarts=1).edit(model, request)
+    edit = _quick(rank=2, rate=0.2, steps=600, restarts=1).edit(model, request, _first(model))
     weight = model.get_parameter("0.weight").detach()
     assert torch.allclose(1.5 * edit.changed_weights(model)["0.weight"].T, originals @ weight.T, atol=1e-4)
     assert edit.details["log"]["loss_after"] < 1e-9
-    single = _quick(rank=1, rate=0.2, steps=600, restarts=1).edit(model, request)
+    single = _quick(rank=1, rate=0.2, steps=600, restarts=1).edit(model, request, _first(model))
     assert single.details["log"]["loss_after"] > 1e-3
 
 
@@ -195,7 +200,7 @@ def test_a_target_that_moves_can_be_forgotten() -> None:
     """Frozen: 2 w = 1. Symmetric: 2 w = w, which only a layer that forgets everything gives."""
     model, request = _scalar()
     for target, expected in (("original", 0.5), ("symmetric", 0.0)):
-        edit = _quick(target=target, rate=0.05, steps=300, restarts=1).edit(model, request)
+        edit = _quick(target=target, rate=0.05, steps=300, restarts=1).edit(model, request, _first(model))
         assert float(edit.changed_weights(model)["0.weight"]) == pytest.approx(expected, abs=1e-3)
         assert edit.details["log"]["loss_after"] < 1e-5
 
@@ -263,6 +268,6 @@ def test_what_cannot_work(randomise: Randomise) -> None:
         _quick(rate=1e20).edit(model, request, _whole(model, "3"))
     assert str(diverged.value) == "All 2 starts diverged: lower the rate, now 1e+20."
     scalar, pair = _scalar()
-    log = _quick(rate=0.4, steps=3).edit(scalar, pair).details["log"]
+    log = _quick(rate=0.4, steps=3).edit(scalar, pair, _first(scalar)).details["log"]
     assert log["stop"] == "failed"
     assert log["why"] == f"the loss rose from 1 to {log['loss_after']:.3g}: lower the rate"
