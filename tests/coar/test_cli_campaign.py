@@ -42,7 +42,9 @@ def test_index_explains_how_each_module_is_gated(run: Run, run_json: Callable[..
 def test_a_factory_in_the_working_directory(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine_for_cli.py").write_text("import torch\ndef net():\n    return torch.nn.Linear(2, 3)\n")
+    (tmp_path / "mine_for_cli.py").write_text(
+        "from torch import nn\n\n\ndef net():\n    return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3))\n"
+    )
     text = (folder / "spec.toml").read_text()
     start, end = text.index("[model]"), text.index("[", text.index("[model]") + 1)
     factory = '[model]\nsource = "factory"\nfactory = "mine_for_cli:net"\n'

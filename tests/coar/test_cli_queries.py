@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -137,11 +138,16 @@ def test_edit_and_report(run: Run, run_json: Callable[..., Any], attributions: P
     assert opened.header["identity"]["of"]["model"] in text
 
 
-def test_infinite_scores_are_null_in_json(run_json: Callable[..., Any], attributions: Path, tmp_path: Path) -> None:
+def test_one_against_one_is_ranked_by_difference(
+    run_json: Callable[..., Any], attributions: Path, tmp_path: Path
+) -> None:
     found = run_json(
         "edit", attributions, "--target", "0", "--reference", "1", "-k", "3", "--out", tmp_path / "fix.safetensors"
     )
-    assert found["details"]["scores"] == [None, None, None]
+    opened = coar.open_attributions(attributions)
+    difference = np.asarray(opened.weights[0], dtype=float) - np.asarray(opened.weights[1], dtype=float)
+    assert found["details"]["statistic"] == "difference"
+    assert found["details"]["scores"] == pytest.approx(sorted(difference)[:3], rel=1e-5)
 
 
 @pytest.mark.parametrize(

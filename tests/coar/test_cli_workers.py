@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import ablate
 from ablate.errors import SpecError
+from ablate.working import Sharing
 from coar.cli_workers import OptionalRay, WorkerFlags, Workers, with_workers
 from stores import CampaignStore, FailedBlocksError
 from stores.worklog import Attempt, WorkLog
@@ -59,7 +60,7 @@ Given = tuple[Callable[..., Workers], list[Workers]]
 
 def test_without_options_one_process_works_and_keeps_going(given: Given) -> None:
     workers = given[0]("a.toml")
-    assert workers.sharing == {"worker": None, "lease_seconds": 60.0, "keep_going": True, "retry_failed": True}
+    assert workers.sharing == {"worker": None, "lease_seconds": 60.0, "keep_going": True, "retry_failed": None}
     assert (workers.device, workers.flags.several, workers.command) == (None, False, ("do", "a.toml"))
 
 
@@ -73,7 +74,8 @@ def test_without_options_one_process_works_and_keeps_going(given: Given) -> None
     ],
 )
 def test_one_of_several_tries_failed_blocks_anew(given: Given, words: list[str], retries: bool) -> None:
-    assert given[0]("a.toml", *words).sharing["retry_failed"] is retries
+    sharing = given[0]("a.toml", *words).sharing
+    assert Sharing.of(sharing["worker"], retry=sharing["retry_failed"]).retry_failed is retries
 
 
 def test_the_command_for_others_has_what_was_given_and_nothing_about_workers(given: Given) -> None:
