@@ -176,11 +176,20 @@ class Machine:
 
     def plain(self, inputs: Tensor) -> Tensor:
         """Returns the logits of prepared inputs under the weights as they are set."""
-        logits = self._run("plain", self._paired(inputs), self.attention)[: len(inputs)]
+        logits = self.unchecked(inputs)
         with self._once("weight", inputs) as new:
             if new:
                 self._require_own(logits, lambda i: self._single(inputs[i : i + 1]))
         return logits
+
+    def seen(self, inputs: Tensor) -> None:
+        """Compares the first batch of every shape with its examples alone, as `plain` does."""
+        if ("weight", tuple(inputs.shape)) not in self._batches:
+            self.plain(inputs)
+
+    def unchecked(self, inputs: Tensor) -> Tensor:
+        """Returns what `plain` returns: one forward and no other, for batches of a shape that `plain` has seen."""
+        return self._run("plain", self._paired(inputs), self.attention)[: len(inputs)]
 
     def gated(self, inputs: Tensor, gates: Tensor, attention: str | None = None) -> Tensor:
         """Returns the logits of prepared inputs, each under its own gates (examples, components); within `active`."""

@@ -84,10 +84,11 @@ def rows_without_one(runner: Runner, components: Sequence[int], placed: Placed, 
     for row, component in enumerate(components):
         rows.setdefault(machine.weights.weight_of(component), []).append(row)
     weights = {weight: machine.weights.changed_with(weight) for weight in rows}
-    replay = PrefixReplay(machine.plain, machine.model, weights)
+    replay = PrefixReplay(machine.unchecked, machine.model, weights)
     with nullcontext() if machine.compiled else replay.intercepted():
         for start, inputs, targets in placed.batches(runner.batch_size):
             inputs = runner.padded(inputs, runner.batch_size)
+            machine.seen(inputs)
             recorded = not machine.compiled and replay.record(inputs)
             for weight in replay.order(weights) if recorded else weights:
                 for row in rows[weight]:
