@@ -108,7 +108,8 @@ class _Other(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda x: x[:, 0], lambda x: [x], lambda x: x.new_full((len(x), 5), float("nan")), lambda x: x[:, :2] / 0]
+    "make",
+    [lambda x: x[:, 0], lambda x: [x, x], lambda x: x.new_full((len(x), 5), float("nan")), lambda x: x[:, :2] / 0],
 )
 def test_where_there_are_no_predictions_there_is_no_accuracy(make: Callable[[Tensor], Any]) -> None:
     assert unablated_accuracy(_Other(make).eval(), ablate.Examples(torch.ones(4, 3), [0, 1, 0, 1])) is None

@@ -120,7 +120,10 @@ def test_other_data_are_named(
     data = change(small_spec().load()[1])
     was = finished.header["identity"]["data"]
 
-    assert _refusal(finished, small_spec(data=data)) == _text(finished, f"data: {was} -> {data.hash}")
+    said, expected = _refusal(finished, small_spec(data=data)), _text(finished, f"data: {was} -> {data.hash}")
+    before, advice, after = expected.partition("Give the original back")
+    assert said.startswith(before)  # and then, which example or label is another one, where that can be told
+    assert said.endswith(advice + after)
 
 
 def test_what_changes_no_number_is_not_refused(

@@ -305,7 +305,7 @@ def test_a_changed_edit_is_refused_or_is_data(tmp_path: Path, edit: Path) -> Non
             save_file({"component_ids": ids}, bad, {"edit": json.dumps({**header, key: value})})
             found = _load(bad)
             if found is not None:
-                allowed = {"method": "x", "settings": {}, "details": {}, "norms": {}}
+                allowed = {"method": "x", "settings": {}, "details": {}, "norms": {}, "notes": {}}
                 if key == "base":
                     assert value in (None, "x", "../../x")
                 elif key == "method":
