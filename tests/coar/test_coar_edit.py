@@ -250,7 +250,7 @@ def test_sweep_refuses(tiny_fit: coar.Attributions, tiny_net: nn.Module, tiny_ex
     engine = Engine(tiny_net, tiny_fit.index)
     for k in (-1, 11, 0.5, True):
         with pytest.raises(coar.EditError) as refused:
-            coar.sweep_edit_size(ranking, engine, tiny_examples, [0, k])
+            coar.sweep_edit_size(ranking, engine, tiny_examples, [0, k])  # type: ignore[list-item]  # a wrong one
         assert str(refused.value) == f"k is {k}, expected an integer from 0 to 10, the number of components."
     with pytest.raises(coar.EditError) as refused:
         coar.sweep_edit_size(ranking, Engine(tiny_net, tiny_fit.index, "loss"), tiny_examples, [1])

@@ -39,7 +39,7 @@ class Mixed(Only):
 class Hooked(Only):
     def between(self, x: Tensor) -> Tensor:
         if x.requires_grad:
-            x.register_hook(lambda gradient: gradient / 2)
+            x.register_hook(lambda gradient: gradient / 2)  # type: ignore[no-untyped-call]
         return x
 
 
