@@ -119,16 +119,19 @@ def run_here(campaign: Campaign, place: str | os.PathLike[str]) -> Run:
     """Runs a campaign, or takes part in it, in this process."""
     outputs, spent = ablate.Engine.outputs, 0.0
 
-    def timed(*arguments: Any, **options: Any) -> Any:
-        nonlocal spent
-        start = time.perf_counter()
-        try:
-            return outputs(*arguments, **options)
-        finally:
-            spent += time.perf_counter() - start
+    with _watching() as watch:
 
-    with _watching() as watch, patch.object(ablate.Engine, "outputs", timed):
-        ablate.run(campaign.spec(), place, progress=False)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            nonlocal spent
+            start = time.perf_counter()
+            try:
+                return outputs(*arguments, **options)
+            finally:
+                if "worker_began" in watch.times:  # before, the network is compared with the store's
+                    spent += time.perf_counter() - start
+
+        with patch.object(ablate.Engine, "outputs", timed):
+            ablate.run(campaign.spec(), place, progress=False)
     now = time.time(), time.process_time()  # where others had finished everything before
     began, ended = watch.times.get("worker_began", now), watch.times.get("worker_ended", now)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -58,7 +58,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 def check(project: Project, undisturbed: Project) -> None:
     assert files(project.store) == files(undisturbed.store)
-    assert project.processes(seconds=20) == [], "Ray left processes"
+    assert project.processes(seconds=90) == [], "Ray left processes"
     assert WorkLog(LocalStore(project.store)).failures() == {}
 
 
@@ -107,7 +107,7 @@ def test_an_interrupt_shuts_the_cluster_down(project: Project, undisturbed: Proj
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "Traceback" not in err
-        assert project.processes(seconds=20) == []
+        assert project.processes(seconds=90) == []
     assert {record.state for record in WorkLog(LocalStore(project.store)).workers()} == {"stopped"}
     assert project.coar("ablate", "spec.toml", "--quiet")[0] == 0
     check(project, undisturbed)
@@ -140,7 +140,7 @@ def test_an_error_of_all_actors_is_told_once_and_as_one_process_tells_it(project
     by_ray = project.coar("ablate", "spec.toml", "--quiet", "--ray", "--workers", 2, timeout=200)
     assert alone[0] == 2
     assert by_ray == alone
-    assert project.processes(seconds=20) == []
+    assert project.processes(seconds=90) == []
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_a_cluster_that_is_not_there(project: Project) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("error: The Ray cluster '127.0.0.1:1' cannot be reached or started: ")
     assert err.endswith("Check the address, or leave it out to start Ray on this machine.\n")
-    assert project.processes(seconds=20) == []
+    assert project.processes(seconds=90) == []
 
 
 @pytest.mark.slow
@@ -161,4 +161,4 @@ def test_more_gpus_than_there_are(project: Project) -> None:
     assert code == 2
     assert "error: 2 workers with 64 GPUs each were asked for, this machine has " in err
     assert err.endswith(". Start fewer, or share GPUs: --gpus-per-worker 0.5.\n")
-    assert project.processes(seconds=20) == []
+    assert project.processes(seconds=90) == []

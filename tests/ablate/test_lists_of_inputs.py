@@ -24,7 +24,6 @@ def test_rows_of_numbers(rows: Any) -> None:
     [
         ([[1.0, 2.0], [3.0]], r"^Inputs cannot become a tensor: "),
         ([torch.zeros(2), torch.zeros(3)], r"^Inputs have different shapes, \[\(2,\), \(3,\)\]: make them one shape"),
-        ([(torch.zeros(2), 0), (torch.zeros(2), 1)], r"^Inputs cannot become a tensor: "),
     ],
 )
 def test_rows_that_do_not_fit(rows: Any, message: str) -> None:
@@ -35,4 +34,10 @@ def test_rows_that_do_not_fit(rows: Any, message: str) -> None:
 def test_a_list_of_items_is_a_data_set() -> None:
     examples = Examples([(torch.zeros(2), 3), (torch.ones(2), 4)])  # type: ignore[arg-type]
     assert examples.targets.tolist() == [3, 4]
+    assert torch.equal(examples.inputs(), torch.tensor([[0.0, 0], [1, 1]]))
+
+
+def test_targets_given_beside_a_list_of_items_count() -> None:
+    examples = Examples([(torch.zeros(2), 3), (torch.ones(2), 4)], [0, 1])  # type: ignore[arg-type]
+    assert examples.targets.tolist() == [0, 1]
     assert torch.equal(examples.inputs(), torch.tensor([[0.0, 0], [1, 1]]))

@@ -157,7 +157,7 @@ def test_one_against_one_is_ranked_by_difference(
         (["--target", "0"], "error: The reference set is empty: give the positions of at least one example."),
         (["--target", "0", "--reference", "0"], "error: Examples [0] are in target and reference: each example can be"),
         (["--target-group", "low"], "error: No group 'low'."),
-        (["--target", "0", "--reference", "1", "-k", "0"], "error: k is 0, expected 1 to 736, the number of component"),
+        (["--target", "0", "--reference", "1", "-k", "0"], "error: k is 0, expected an integer from 1 to 736, the nu"),
         (
             ["--target", "0", "--reference", "1", "--direction", "up"],
             "error: direction is 'up', expected 'raise' or 'lower'.",
