@@ -141,7 +141,7 @@ class Machine:
         tolerance = TOLERANCE[dtype]
         gates = torch.where(sample.to(self.device), 1.0, closed).to(dtype)
         check = GateCheck(self._single, self.activation, WeightGates(self.model, self.index), inputs, dtype)
-        by_weights = torch.cat([check.by_weights(row, example) for example, row in enumerate(gates)])
+        by_weights = check.by_weights(*gates)
         self._require_equal("weight gating", by_weights, literal, tolerance)
         if self.activation.problems:
             return
@@ -150,7 +150,7 @@ class Machine:
             self.activation.use_means(means, dtype)
             with_means = WeightGates(self.model, self.index, means)
             check = GateCheck(self._single, self.activation, with_means, inputs, dtype)
-            check.values(gates[1], check.by_weights(gates[1], 1))
+            check.values(gates[1], check.by_weights(gates[1], first=1))
         if not self.activation.problems:
             check.gradients(self.report.cuts)
 

@@ -61,12 +61,15 @@ class GateCheck:
         self._mixed = mixed_gates(len(activation.index), 0, inputs.device, dtype)
         self._plain: Tensor | None = None  # logits of the first example under them
 
-    def by_weights(self, row: Tensor, example: int) -> Tensor:
-        """Returns the logits (1, ...) of an example under a row of gates, by changing weights."""
+    def by_weights(self, *rows: Tensor, first: int = 0) -> Tensor:
+        """Returns the logits (rows, ...) of an example per row of gates, from the first on, by changing weights."""
         try:
+            found = []
             with torch.no_grad():
-                self._weights.set_gates(row)
-                return self._run(self._inputs[example : example + 1])
+                for example, row in enumerate(rows, first):
+                    self._weights.set_gates(row)
+                    found.append(self._run(self._inputs[example : example + 1]))
+            return torch.cat(found)
         finally:
             self._weights.restore()
 
@@ -87,7 +90,7 @@ class GateCheck:
           sample: Gates (components,) of the second example, beside mixed ones of the first.
           by_weights: Its logits (1, ...) under them.
         """
-        self._plain = self.by_weights(self._mixed, 0)
+        self._plain = self.by_weights(self._mixed)
         expected = torch.cat([self._plain, by_weights])
         gates = torch.stack([self._mixed, sample])
         with torch.no_grad():
@@ -108,7 +111,7 @@ class GateCheck:
         """Returns by how much the gates of one weight miss what other weights do, gating it where that is right."""
         ones = torch.ones_like(self._mixed)
         rows = torch.stack([self._only(name, self._mixed, ones), self._only(name, self._mixed.flip(0), ones)])
-        expected = torch.cat([self.by_weights(row, example) for example, row in enumerate(rows)])
+        expected = self.by_weights(*rows)
         difference = differ(self.by_gates(rows), expected, self._dtype)
         if difference and self._activation.gate_where_used(name):
             difference = differ(self.by_gates(rows), expected, self._dtype)

@@ -77,7 +77,7 @@ class _Weight:
             shape = [1] * value.ndim
             shape[port.axis] = -1
             shaped = gate.view(shape)
-            value = torch.where(shaped == 0, value.new_zeros(()), value * shaped)
+            value = torch.mul(value, shaped, out=self.weight).masked_fill_(shaped == 0, 0)
             if port.port == "in":
                 inside = gate if inside is None else inside * gate
                 continue
@@ -87,7 +87,6 @@ class _Weight:
                 branch = gate if branch is None else branch * gate
             else:
                 outside = gate if outside is None else outside * gate
-        self.weight.copy_(value)
         if self.changes_bias:
             self._set_bias(inside, outside, branch)
 
