@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ablate.errors import UnknownNameError
 from ablate.logits import class_logits
-from ablate.network import plain_settings
+from ablate.models.network import plain_settings
 
 
 class Output(ABC):

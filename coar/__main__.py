@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coar.cli import main
+from coar.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -20,15 +20,15 @@ import ablate
 from ablate import CampaignSpec, Engine, Examples
 from ablate.digits import CLASSES, MINORITY_GROUPS, digits_split
 from ablate.outputs import predictions_correct
-from coar import plots
-from coar.attributions import Attributions
-from coar.editing.coar_edit import rank_components, sweep_edit_size
-from coar.editing.edit import Edit
-from coar.estimators.regression import fit
-from coar.evaluate import Evaluation, evaluate
+from coar.attributions.attributions import Attributions
+from coar.editing.coar_edit.ranking import rank_components, sweep_edit_size
+from coar.editing.edits.edit import Edit
+from coar.estimators.regression.fit import fit
+from coar.judging.evaluate import Evaluation, evaluate
 from coar.metrics import GroupAccuracy, group_accuracy
-from coar.report import Section, edit_section, provenance_section, quality_section, write_report
-from stores.places import user_path
+from coar.report import plots
+from coar.report.html import Section, edit_section, provenance_section, quality_section, write_report
+from stores.storage.places import user_path
 
 EDIT_SIZES = tuple(range(0, 81, 5))
 CURVE_LENGTH = 20

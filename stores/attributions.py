@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from stores.blocks import Blocks, add_block_array, add_ledger
-from stores.copies import Copies
+from stores.blocks.blocks import Blocks, add_block_array, add_ledger
+from stores.blocks.copies import Copies
+from stores.blocks.rows import Rows
 from stores.errors import UnfinishedStoreError
-from stores.layout import tile_width
-from stores.rows import Rows
-from stores.schema import (
+from stores.format.groups import (
     COMPONENTS,
     EXAMPLES,
     FORMAT_VERSION,
@@ -26,7 +25,8 @@ from stores.schema import (
     read_columns,
     write_columns,
 )
-from stores.worklog import environments
+from stores.format.layout import tile_width
+from stores.work.worklog import environments
 
 KIND = "attributions"
 QUALITY = ("correlation", "r2", "ridge", "residual_sd")

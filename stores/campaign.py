@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from stores.blocks import Blocks, add_block_array, add_ledger
-from stores.copies import Copies
+from stores.blocks.blocks import Blocks, add_block_array, add_ledger
+from stores.blocks.copies import Copies
+from stores.blocks.rows import Rows
 from stores.errors import UnfinishedStoreError
-from stores.keepbits import pack_keep, packed_width, unpack_keep
-from stores.rows import Rows
-from stores.schema import (
+from stores.format.groups import (
     COMPONENTS,
     EXAMPLES,
     FORMAT_VERSION,
@@ -30,7 +29,8 @@ from stores.schema import (
     read_columns,
     write_columns,
 )
-from stores.worklog import environments
+from stores.format.keepbits import pack_keep, packed_width, unpack_keep
+from stores.work.worklog import environments
 
 KIND = "campaign"
 

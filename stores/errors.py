@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from stores.schema import Difference
-    from stores.worklog import Failure
+from stores.comparison import Difference
+from stores.records import Failure
 
 
 class StoreError(Exception):

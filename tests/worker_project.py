@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stores.worklog import WorkerRecord, WorkLog
+from stores.records import WorkerRecord
+from stores.work.worklog import WorkLog
 
 MODEL = """
 import json, os, signal, time

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ablate import ModelMismatchError, Selection, SelectionError, model_hash, preserved_random_state
-from ablate.buffers import describe_weights, written_buffers
-from ablate.copying import copy_of, device_of
-from ablate.faithful import doubts
-from ablate.flow import seen_with
+from ablate.campaign.steady import require_steady
+from ablate.engine.faithful import doubts
+from ablate.index.flow import seen_with
 from ablate.logits import OutputKey, returning_logits
-from ablate.sharing import tie
+from ablate.models.buffers import describe_weights, written_buffers
+from ablate.models.copies import copy_of, device_of
+from ablate.models.sharing import tie
 from ablate.state import neutral_ambient
-from ablate.steady import require_steady
-from coar.editing.edit import Edit
-from coar.editing.half import HALF, is_half, lift, rounding, words
+from coar.editing.edits.covered import covered
+from coar.editing.edits.edit import Edit
+from coar.editing.edits.half import HALF, is_half, lift, rounding, words
+from coar.editing.edits.operations import Operation
 from coar.editing.log import EditLog
-from coar.editing.operations import Operation
-from coar.editing.places import last_layer
 from coar.editing.request import TOKENS, Request
 from coar.editing.running import BATCH, memory_reported, run
 from coar.editing.settings import wrong_types
-from coar.editing.weights import covered
+from coar.editing.where.defaults import last_layer
 from coar.errors import EditError, EditMismatchError
 
 LOGITS = "(examples, classes)"

@@ -7,7 +7,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ablate.progress import progress_bar
+from ablate.work.progress import progress_bar
 from coar.errors import EditError
 
 REASONS = ("converged", "max_steps", "noop", "failed")

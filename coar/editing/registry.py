@@ -11,13 +11,13 @@ from coar.editing.abstract import Editor
 from coar.errors import EditError
 
 _EDITORS: dict[str, str] = {
-    "coar": "coar.editing.coar_editor.COAREditor",
-    "finetune": "coar.editing.finetune.FineTuning",
-    "output-collision": "coar.editing.output_collision.OutputCollision",
-    "1-li": "coar.editing.interpolation.OneLayerInterpolation",
-    "paint": "coar.editing.interpolation.Paint",
-    "lowrank": "coar.editing.lowrank.DirectLowRank",
-    "rewriting": "coar.editing.rewriting.Rewriting",
+    "coar": "coar.editing.coar_edit.editor.COAREditor",
+    "finetune": "coar.editing.methods.finetune.FineTuning",
+    "output-collision": "coar.editing.methods.output_collision.OutputCollision",
+    "1-li": "coar.editing.methods.interpolation.OneLayerInterpolation",
+    "paint": "coar.editing.methods.interpolation.Paint",
+    "lowrank": "coar.editing.methods.lowrank.DirectLowRank",
+    "rewriting": "coar.editing.methods.rewriting.Rewriting",
     "hypernetwork-mask": "coar.editing.masks.editor.HypernetworkMask",
     "mean-mask": "coar.editing.masks.editor.MeanMask",
     "random-mask": "coar.editing.masks.controls.RandomMask",

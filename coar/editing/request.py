@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ablate import Examples
+from ablate.data.tensors import as_tensor
 from ablate.errors import DataError
-from ablate.tensors import as_tensor
+from coar.editing.edits.half import HALF, fitting
 from coar.editing.given import as_examples
-from coar.editing.half import HALF, fitting
 from coar.errors import EditError
 
 

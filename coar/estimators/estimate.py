@@ -12,19 +12,19 @@ from torch import nn
 from zarr.storage import MemoryStore
 
 from ablate import CampaignSpec, Engine, Examples, KeepPlan, NonFiniteOutputError, preserved_random_state
-from ablate.identity import package_versions, subject_identity
-from ablate.working import Job, Sharing, Values, environment, work_through
-from coar.attributions import Attributions
+from ablate.campaign.identity import package_versions, subject_identity
+from ablate.work.loop import Job, Sharing, Values, environment, work_through
+from coar.attributions.attributions import Attributions
 from coar.errors import FitError
 from coar.estimators.abstract import Estimator
 from coar.estimators.differentiable import check_differentiable
 from coar.estimators.plain import require_components
 from coar.estimators.registry import get_estimator
 from coar.estimators.storing import open_same, remove
-from coar.evaluate import correlation, explained_share
+from coar.statistics import correlation, explained_share
 from stores import AttributionStore, StoreExistsError
-from stores.schema import Location
-from stores.worklog import LEASE_SECONDS
+from stores.format.groups import Location
+from stores.records import LEASE_SECONDS
 
 QUALITY = ("correlation", "r2", "residual_sd", "passes")
 QUALITY_SEED = 0x9A11  # held-out rows are never those of a campaign or an evaluation with the same seed

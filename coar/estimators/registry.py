@@ -8,11 +8,11 @@ from typing import Any
 from ablate.errors import UnknownNameError
 from coar.errors import FitError
 from coar.estimators.abstract import Estimator
-from coar.estimators.gates import GradientTimesGate, IntegratedGateGradients
-from coar.estimators.gradient import Gradient
-from coar.estimators.input_paths import InternalInfluence, NeuronConductance
-from coar.estimators.leave_one_out import LeaveOneOut
-from coar.estimators.random import RandomAttribution
+from coar.estimators.baselines.gates import GradientTimesGate, IntegratedGateGradients
+from coar.estimators.baselines.input_paths import InternalInfluence, NeuronConductance
+from coar.estimators.baselines.leave_one_out import LeaveOneOut
+from coar.estimators.baselines.random_weights import RandomAttribution
+from coar.estimators.gradient.estimator import Gradient
 
 _ESTIMATORS: dict[str, type[Estimator]] = {
     estimator.name: estimator

@@ -9,11 +9,11 @@ from contextlib import suppress
 
 from zarr.abc.store import Store
 
-from ablate.identity import Identity, require_same
+from ablate.campaign.identity import Identity, require_same
 from stores import AttributionStore, DamagedBlockError, OldFormatError, StoreMismatchError, StoreNotFoundError
-from stores.creating import clear
-from stores.places import resolve
-from stores.schema import Location
+from stores.format.groups import Location
+from stores.storage.creating import clear
+from stores.storage.places import resolve
 
 
 def open_same(

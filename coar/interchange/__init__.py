@@ -1,4 +1,7 @@
-"""Data of other programs: attributions as files they read, their campaigns and attributions as our stores."""
+"""Data of other programs: attributions as files they read, their campaigns and attributions as our stores.
+
+May import: `attributions`, `estimators`. Start reading in `exporting.py` and `importing.py`.
+"""
 
 from coar.interchange.attribution_files import import_attributions as import_attributions
 from coar.interchange.errors import InterchangeError as InterchangeError

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ablate.errors import UnknownNameError
-from ablate.progress import progress_bar
-from coar.attributions import Attributions
+from ablate.work.progress import progress_bar
+from coar.attributions.attributions import Attributions
 from coar.estimators.storing import open_same, remove
 from coar.interchange.errors import InterchangeError
 from coar.interchange.foreign import PUBLISHED_FILE, ForeignAttributions, opened
@@ -30,8 +30,8 @@ from coar.interchange.units import (
     known_fraction,
 )
 from stores import AttributionStore
-from stores.places import user_path
-from stores.schema import Location
+from stores.format.groups import Location
+from stores.storage.places import user_path
 
 OnNaN = Literal["drop", "keep"]
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ablate.errors import UnknownNameError
-from coar.attributions import Attributions
-from coar.interchange.drafts import refuse_existing, written_whole
+from ablate.files import refuse_existing, written_whole
+from coar.attributions.attributions import Attributions
 from coar.interchange.errors import InterchangeError
 from coar.interchange.npz import write_npz
 from coar.interchange.tables import write_csv, write_long_parquet, write_parquet
 from coar.interchange.torch_file import write_torch_file
 from stores import AttributionStore, UnfinishedStoreError
-from stores.places import user_path
-from stores.schema import Location
+from stores.format.groups import Location
+from stores.storage.places import user_path
 
 Format = Literal["parquet", "npz", "csv", "pt"]
 FORMATS: tuple[Format, ...] = get_args(Format)

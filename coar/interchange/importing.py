@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import stores
-from ablate.identity import package_versions
-from ablate.progress import progress_bar
+from ablate.campaign.identity import package_versions
+from ablate.work.progress import progress_bar
 from coar.interchange.errors import InterchangeError
 from coar.interchange.incumbent import MarginFolder, Meaning, ablated_share
 from coar.interchange.subject import Components, Spec, Subject, Table
 from stores import CampaignStore, StoreMismatchError, StoreNotFoundError
-from stores.places import user_path
-from stores.schema import Location
+from stores.format.groups import Location
+from stores.storage.places import user_path
 
 BLOCK_BYTES = 32 * 2**20
 LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 64, 1024

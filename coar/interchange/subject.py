@@ -20,7 +20,7 @@ from ablate import CampaignSpec, ComponentIndex, ModelMismatchError, Port, model
 from ablate.errors import UnknownNameError
 from ablate.outputs import Output, output_names
 from coar.interchange.errors import InterchangeError
-from stores.places import user_path
+from stores.storage.places import user_path
 
 Columns = dict[str, npt.NDArray[Any]]
 Components = ComponentIndex | str | os.PathLike[str]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ablate.loaders.packages import require
+from ablate.loading.packages import require
 from coar.interchange.slabs import slabs
 from stores import AttributionStore
 

@@ -1,6 +1,8 @@
 """Metrics of models and edits on stored predictions (integers). Every result says in words what was counted.
 
-Nothing here runs a model; `coar.editing.evaluate` makes and keeps the predictions.
+Nothing here runs a model; `coar.editing.judging.evaluate` makes and keeps the predictions.
+
+May import: `statistics` and errors. Start reading in `checks.py`, then in `accuracy.py`.
 """
 
 from coar.metrics.accuracy import Accuracy as Accuracy

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from coar.evaluate import mean_interval
 from coar.metrics.checks import Floats, MetricError, Row, as_classes, metric_row, share
+from coar.statistics import mean_interval
 
 
 @dataclass(frozen=True, eq=False)

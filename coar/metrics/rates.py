@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from coar.evaluate import mean_interval
 from coar.metrics.checks import Bits, Floats, MetricError, Row, as_classes, metric_row, share
+from coar.statistics import mean_interval
 
 Version = Literal["equation", "code"]
 VERSIONS = ("equation", "code")

@@ -1,4 +1,7 @@
-"""What a campaign or an estimate would cost, and how good it may get, before anything runs."""
+"""What a campaign or an estimate would cost, and how good it may get, before anything runs.
+
+May import: everything in `coar` but `cli`. Start reading in `planner.py`.
+"""
 
 from coar.planning.planner import SECONDS as SECONDS
 from coar.planning.planner import Plan as Plan

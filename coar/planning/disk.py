@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore
 
 from ablate import CampaignSpec, ComponentIndex, Examples
 from coar.estimators.estimate import QUALITY as GRADIENT_QUALITY
-from coar.estimators.regression import QUALITY as REGRESSION_QUALITY
+from coar.estimators.regression.fit import QUALITY as REGRESSION_QUALITY
 from stores import AttributionStore, CampaignStore
 
 _CHECKSUM = 4  # crc32c, of a chunk and of a shard's index

@@ -8,10 +8,10 @@ from typing import Any
 
 import stores
 from ablate import CampaignSpec, Engine, Examples, KeepPlan
-from ablate.identity import campaign_identity, package_versions, require_same, subject_identity
-from coar.estimators.gradient import Gradient
+from ablate.campaign.identity import campaign_identity, package_versions, require_same, subject_identity
+from coar.estimators.gradient.estimator import Gradient
 from coar.estimators.storing import open_same
-from stores.places import Location
+from stores.storage.places import Location
 
 
 def campaign_blocks(

@@ -8,13 +8,13 @@ from typing import cast
 import torch
 
 from ablate import Engine, Examples
-from ablate.memory import MemoryPlan as EnginePlan
-from ablate.placing import HOST_BUDGET
+from ablate.engine.memory import MemoryPlan
+from ablate.engine.placing import HOST_BUDGET
 from coar.errors import FitError
-from coar.estimators import budget
 from coar.estimators.abstract import Estimator
-from coar.estimators.regression import RIDGE_GRID
-from coar.estimators.rows import FIT, TEST, CampaignRows
+from coar.estimators.regression import budget
+from coar.estimators.regression.fit import RIDGE_GRID
+from coar.estimators.regression.rows import FIT, TEST, CampaignRows
 
 DEFAULT = 2 * 2**30  # the budget of `coar.fit` and `coar.estimate` where none is given
 COMFORTABLE = 64  # examples fitted at a time
@@ -48,9 +48,9 @@ def fit_plan(rows: int, components: int, examples: int, block_rows: int) -> tupl
     """Returns the bytes that a ridge fit needs to run well, and the examples of a block of its store by default."""
     planned = cast(CampaignRows, _PlannedRows(_Campaign(components, examples, block_rows), rows))
 
-    def make(memory: int, block: int | None) -> budget.MemoryPlan | None:
+    def make(memory: int, block: int | None) -> budget.FitMemory | None:
         try:
-            return budget.MemoryPlan.make(planned, "ridge", len(RIDGE_GRID), memory, False, block)
+            return budget.FitMemory.make(planned, "ridge", len(RIDGE_GRID), memory, False, block)
         except FitError:
             return None
 
@@ -83,7 +83,7 @@ def estimate_plan(
     return fixed + block * each, int(block)
 
 
-def engine_peak(engine: Engine, memory: EnginePlan, examples: Examples, gradients: bool) -> int:
+def engine_peak(engine: Engine, memory: MemoryPlan, examples: Examples, gradients: bool) -> int:
     """Returns the bytes at the peak of the engine's calls on these examples, inputs included, on its device."""
     held = min(len(examples), inputs_held(engine, max(1, memory.input_each)))
     return memory.peak(held, gradients)

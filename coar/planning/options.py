@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ablate import CampaignSpec, Engine, Examples
-from ablate.memory import MemoryPlan
+from ablate.engine.memory import MemoryPlan
 from coar.errors import QueryError
-from coar.estimators.gradient import Gradient
-from coar.planning.cost import Speeds, fit_seconds
+from coar.estimators.gradient.estimator import Gradient
 from coar.planning.curve import GRADIENT, REGRESSION, Expected, expected
 from coar.planning.disk import attribution_bytes, campaign_bytes
 from coar.planning.memory import engine_peak, estimate_plan, fit_plan, fitted_rows
+from coar.planning.speeds import Speeds, fit_seconds
 
 QUALITY_ROWS = 50  # of `coar.estimate`
 BLOCK_EXAMPLES = 256
@@ -67,7 +67,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Planned:
     """What is planned for: everything that all options have in common."""
 
     spec: CampaignSpec

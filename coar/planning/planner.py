@@ -10,20 +10,20 @@ from typing import Any
 
 import stores
 from ablate import CampaignSpec, Engine, KeepPlan, preserved_random_state
-from ablate.identity import engine_identity, package_versions, sample_outputs
+from ablate.campaign.identity import engine_identity, package_versions, sample_outputs
 from coar.errors import FitError, QueryError
-from coar.estimators.gradient import Gradient
+from coar.estimators.gradient.estimator import Gradient
 from coar.estimators.plain import require_components
-from coar.estimators.rows import LEAST_ROWS
+from coar.estimators.regression.rows import LEAST_ROWS
 from coar.planning.advice import advise, round_up
-from coar.planning.cost import measure_speeds
 from coar.planning.curve import GRADIENT, REGRESSION, needed
 from coar.planning.existing import any_campaign, campaign_blocks, estimate_blocks
 from coar.planning.memory import fitted_rows, with_held_out
-from coar.planning.options import QUALITY_ROWS, Option, Subject
+from coar.planning.options import QUALITY_ROWS, Option, Planned
 from coar.planning.report import Plan as Plan
-from coar.unablated import unablated_accuracy
-from stores.places import Location
+from coar.planning.speeds import measure_speeds
+from coar.planning.unablated import unablated_accuracy
+from stores.storage.places import Location
 
 SECONDS = 10.0
 ROWS_PER_COMPONENT = (0.5, 1.0, 2.0, 4.0, 8.0)  # planned for where a spec has no rows
@@ -104,7 +104,7 @@ class _Planner:
         speeds = measure_speeds(self.engine, self.examples, self.rows_plan, self.estimator, start, seconds)
         self.no_gradients = self.no_gradients or speeds.no_gradients
         memory = self.engine.plan(self.examples)
-        self.subject = Subject(spec, self.engine, self.examples, self._about(), memory, speeds, workers)
+        self.subject = Planned(spec, self.engine, self.examples, self._about(), memory, speeds, workers)
 
     def plan(self) -> Plan:
         """Returns the plan."""

@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 
 from coar.planning.advice import duration, need_said, round_up, size
-from coar.planning.cost import Speeds
 from coar.planning.curve import CAVEAT, GRADIENT, Need, curves
 from coar.planning.memory import with_held_out
 from coar.planning.options import Option
-from coar.unablated import Unablated
+from coar.planning.speeds import Speeds
+from coar.planning.unablated import Unablated
 
 
 @dataclass(frozen=True)

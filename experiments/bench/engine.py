@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ablate import ComponentIndex, Engine, Examples, KeepPlan, Speed
 from ablate.digits import digits_model, digits_split
 from ablate.loading import load_model
-from ablate.sources import TimmModel, TorchvisionModel
+from ablate.loading.sources import TimmModel, TorchvisionModel
 from experiments.bench.incumbent import published_loop
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,9 +73,9 @@ def plain_ways(work: Workload, engine: Engine, batch: int, compiled: bool) -> di
     inputs = work.examples.inputs().to(device, dtype)
     as_it_is = copy.deepcopy(work.model).to(device, dtype)
     engine.check(work.examples)
-    if engine._machine is None:  # after a check there is one
+    if engine._gated_model is None:  # after a check there is one
         raise RuntimeError("The engine has no model of its own yet.")
-    fast = copy.deepcopy(engine._machine.model)  # folded, laid out, cast: what the engine runs
+    fast = copy.deepcopy(engine._gated_model.model)  # folded, laid out, cast: what the engine runs
     laid_out = inputs.contiguous(memory_format=torch.channels_last)
 
     def forward(model: nn.Module, images: Tensor) -> Callable[[], None]:

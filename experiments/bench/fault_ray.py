@@ -17,12 +17,12 @@ from typing import Any
 
 from zarr.storage import LocalStore
 
-from ablate.cluster import OBJECT_STORE, QUIET, RayPlan, run_on_ray
-from ablate.supervising import View
+from ablate.workers.on_ray import OBJECT_STORE, QUIET, RayPlan, run_on_ray
+from ablate.workers.supervise import View
 from experiments.bench import fault_victims
 from stores import CampaignStore, WorkLog
-from stores.blocks import Blocks
-from stores.worklog import RUNNING
+from stores.blocks.blocks import Blocks
+from stores.records import RUNNING
 
 START_SECONDS = 60.0
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import ablate
 import coar
-from ablate import working
+from ablate.work import loop as working
 
 LEASE_SECONDS = 2.0
 

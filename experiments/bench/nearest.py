@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 import coar
 from ablate import ComponentIndex, Port
-from coar.similarity import DIMENSIONS
+from coar.attributions.similarity import DIMENSIONS
 from stores import AttributionStore
 
 BLOCK = 256

@@ -22,12 +22,12 @@ from zarr.storage import MemoryStore
 
 import coar
 from ablate import ComponentIndex, KeepPlan, Port
-from coar.estimators.arrays import NumpyArrays
-from coar.estimators.packed import PackedKeep
-from coar.estimators.regression import RIDGE_GRID
-from coar.estimators.ridge import Penalties, decompose, solve
+from coar.estimators.regression.arrays import NumpyArrays
+from coar.estimators.regression.fit import RIDGE_GRID
+from coar.estimators.regression.packed import PackedKeep
+from coar.estimators.regression.ridge import Penalties, decompose, solve
 from stores import CampaignStore
-from stores.keepbits import pack_keep
+from stores.format.keepbits import pack_keep
 
 Matrix = npt.NDArray[np.float64]
 TABLE = Path("docs/benchmarks/regression.md")

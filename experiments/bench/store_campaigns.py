@@ -22,7 +22,7 @@ import torch
 
 import ablate
 from ablate.loading import load_model
-from ablate.sources import TorchvisionModel
+from ablate.loading.sources import TorchvisionModel
 from experiments.bench.store_timing import files_of, markdown, paragraph
 
 TIMEOUT = 600

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from experiments.bench.store_timing import cold_and_warm, files_of, gib, markdown, paragraph, seconds
 from stores import AttributionStore, CampaignStore
-from stores.compact import make_copies
-from stores.reading import SWITCH, fast_reading
+from stores.blocks.reading import SWITCH, fast_reading
+from stores.maintenance.compact import make_copies
 
 BLOCK = 256  # examples of a block of attributions, as `fit` and `estimate` make them
 BLOCK_ROWS = 64  # of a campaign, as a spec has it by default

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ablate.devices import core_count
+from ablate.workers.shares import core_count
 from stores import CampaignStore
 
 LIMIT_SECONDS = 900

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 import typer
 
-from coar import plots
+from coar.report import plots
 from experiments.cost_quality.config import read_config
 from experiments.cost_quality.measure import Bench, Record, at_other_fractions, coverage, to_frame
 from experiments.cost_quality.networks import trained_network

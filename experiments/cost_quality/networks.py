@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ablate import ComponentIndex, Examples, preserved_random_state
 from ablate.digits import ResidualCNN
 from ablate.loading import TorchvisionModel, load_model
-from ablate.training import train_classifier, trained_or_cached
+from ablate.loading.training import train_classifier, trained_or_cached
 
 TRAIN = 1397  # of 1,797 images; the rest are test images
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ablate import ComponentIndex, Selection
-from coar.editing.edit import Edit
+from coar.editing.edits.edit import Edit
 from coar.editing.registry import editor_class, get_editor
 from coar.editing.request import Request
 from experiments.edit_comparison.config import TRAINED, Arm

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from coar.metrics import pareto_front
 
-# Of falling lightness and each with a marker of its own, as in coar/plots.py: told apart in grey and by every eye.
+# Of falling lightness, each with a marker of its own, as in coar/report/plots.py: told apart in grey and by every eye.
 FAMILIES: dict[str, tuple[str, str]] = {
     "coar": ("#c53030", "*"),
     "rewriting": ("#08306b", "o"),

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from torch import nn
 
 from ablate import Examples
-from coar.editing.edit import Edit
-from coar.editing.evaluate import SetReport, evaluate_edit, predictions
+from coar.editing.edits.edit import Edit
+from coar.editing.judging.evaluate import SetReport, evaluate_edit
+from coar.editing.predicting import predictions
 from coar.metrics import Accuracy, Setting, choose_setting, errors_corrected
 from experiments.edit_comparison.tasks import Case, Pairs, Split, Task, corrupted_versions
 

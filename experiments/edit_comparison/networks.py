@@ -14,7 +14,7 @@ from torch import nn
 from ablate import Examples
 from ablate.digits import ResidualCNN
 from ablate.loading import TimmModel, load_model
-from ablate.training import train_classifier, trained_or_cached
+from ablate.loading.training import train_classifier, trained_or_cached
 
 PATCH, BLOCKS = 4, 4
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from coar.editing.edit import Edit
-from coar.editing.interpolation import interpolation_curve
+from coar.editing.edits.edit import Edit
 from coar.editing.masks import MetaSettings, train_hypernetwork
-from coar.editing.places import last_feed_forward_blocks
+from coar.editing.methods.interpolation import interpolation_curve
 from coar.editing.registry import editor_names
+from coar.editing.where.defaults import last_feed_forward_blocks
 from coar.errors import CoarError
 from experiments.edit_comparison.arms import Bench
 from experiments.edit_comparison.baseline import base_accuracies, trained_task

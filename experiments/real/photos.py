@@ -18,9 +18,9 @@ from torch import nn
 
 from ablate import Examples
 from ablate.errors import DataError, LoadError
-from ablate.loaders.imagenet import ImageNetClasses
-from ablate.loaders.images import image_examples
-from ablate.loaders.pixels import read_image
+from ablate.loading.datasets.images import image_examples
+from ablate.loading.imagenet import ImageNetClasses
+from ablate.loading.pixels import read_image
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 WHERE_FROM = (

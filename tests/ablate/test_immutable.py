@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ablate
-from ablate.devices import on_device
+from ablate.campaign.spec import on_device
 
 
 def _values() -> dict[str, tuple[Any, str, Any]]:

@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 import ablate
 import coar
 from ablate import ComponentIndex, KeepPlan, Port
-from coar.cli import main
+from coar.cli.app import main
 from stores import AttributionStore, CampaignStore
 
 Floats = npt.NDArray[np.floating[Any]]

@@ -21,9 +21,9 @@ import ablate
 import coar
 from ablate import ComponentIndex, Examples
 from coar.editing.abstract import Editor
+from coar.editing.edits.covered import covered
 from coar.editing.registry import editor_class, editor_names, get_editor
 from coar.editing.request import Request
-from coar.editing.weights import covered
 
 Untouched = Callable[..., AbstractContextManager[None]]
 Randomise = Callable[[nn.Module, int], nn.Module]

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import ablate
-import stores.retrying
+import stores.storage.retrying
 from tests.faults.proxy import FaultyProxy
 
 KEY, SECRET, TOKEN = "AKIAQUITESECRET00042", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "FwoGZXIvYXdzEJrSESSION"
@@ -79,7 +79,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, proxy: FaultyProxy) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(stores.retrying, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(stores.storage.retrying, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture(scope="session")

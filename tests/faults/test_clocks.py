@@ -12,8 +12,9 @@ from zarr.storage import LocalStore
 
 import ablate
 import stores
-from stores import CampaignStore, WorkLog, objects
-from stores.worklog import Lease, Process, WorkerRecord
+from stores import CampaignStore, WorkLog
+from stores.records import Lease, Process, WorkerRecord
+from stores.storage import objects
 
 pytestmark = pytest.mark.faults
 
@@ -37,7 +38,7 @@ def test_a_clock_that_was_set_back_changes_no_number(
     path = tmp_path / "a.zarr"
     for now, missing in ((first, [1, 4]), (second, [])):
         with monkeypatch.context() as patch:
-            patch.setattr("stores.worklog.utc_now", lambda now=now: now)
+            patch.setattr("stores.records.utc_now", lambda now=now: now)
             ablate.run(small_spec(), path, progress=False)
         unfinish(path, missing)
 

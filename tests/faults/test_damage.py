@@ -13,8 +13,8 @@ import pytest
 import ablate
 import stores
 from stores import CampaignStore, DamagedBlockError, StoreError, UnfinishedStoreError
-from stores.compact import make_copies
-from stores.copies import Copies
+from stores.blocks.copies import Copies
+from stores.maintenance.compact import make_copies
 
 pytestmark = pytest.mark.faults
 

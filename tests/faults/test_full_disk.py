@@ -14,7 +14,8 @@ import pytest
 import ablate
 import coar
 import stores
-from stores import AttributionStore, CampaignStore, objects
+from stores import AttributionStore, CampaignStore
+from stores.storage import objects
 
 pytestmark = pytest.mark.faults
 
@@ -111,7 +112,7 @@ def test_no_room_for_any_one_file(
         create(store, name, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr("stores.objects.create", full)
+        patch.setattr("stores.storage.objects.create", full)
         if (kind == "campaign") == (key.partition("/")[0] in ("outputs", "keep")) or key.startswith("ledger"):
             with pytest.raises(OSError, match=f"No space left on device: '{key}"):
                 run()

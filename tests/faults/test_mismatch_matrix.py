@@ -127,7 +127,7 @@ def test_another_version_of_a_package_is_refused_unless_accepted(
 ) -> None:
     path = tmp_path / "a.zarr"
     shutil.copytree(started[kind], path)
-    monkeypatch.setattr("ablate.identity.version", lambda name: "99.0" if name == package else version(name))
+    monkeypatch.setattr("ablate.campaign.identity.version", lambda name: "99.0" if name == package else version(name))
 
     with pytest.raises(
         StoreMismatchError, match=rf"versions\.{package}: {version(package)} -> 99\.0".replace("+", r"\+")

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import ablate
-import stores.retrying
+import stores.storage.retrying
 from stores import CampaignStore
-from stores.places import resolve
-from stores.retrying import StorageError
+from stores.storage.places import resolve
+from stores.storage.retrying import StorageError
 from tests.faults import s3
 from tests.faults.proxy import BUSY, CUT, LOST, RESET, SLOW, FaultyProxy
 from tests.faults.s3 import Contents, Files, SmallSpec, assert_same_store
@@ -119,7 +119,7 @@ def test_a_server_that_stays_away_is_named_in_time(
 
 
 def test_nobody_at_the_address_is_told_soon(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores.retrying, "FIRST_CONTACT_SECONDS", 0.5)
+    monkeypatch.setattr(stores.storage.retrying, "FIRST_CONTACT_SECONDS", 0.5)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"

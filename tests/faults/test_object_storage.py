@@ -22,8 +22,8 @@ import torch
 import ablate
 import coar
 from stores import AttributionStore, CampaignStore, StoreError, StoreExistsError, StoreNotFoundError
-from stores.places import resolve
-from stores.retrying import StorageError
+from stores.storage.places import resolve
+from stores.storage.retrying import StorageError
 from tests.faults import s3
 from tests.faults.proxy import BUSY, DENIED, RESET, UNCONDITIONAL, FaultyProxy
 from tests.faults.s3 import KEY, SECRET, TOKEN, Contents, Files, SmallSpec, assert_same_store, data
@@ -147,16 +147,16 @@ def test_two_programs_that_start_at_once_share_the_work(
 CREATE_AND_DIE = """
 import os, signal, sys
 import numpy as np
-import stores.objects
+import stores.storage.objects
 from stores import CampaignStore
-create, left = stores.objects.create, int(sys.argv[2])
+create, left = stores.storage.objects.create, int(sys.argv[2])
 def dying(store, key, data):
     global left
     create(store, key, data)
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-stores.objects.create = dying
+stores.storage.objects.create = dying
 columns = {"id": np.arange(int(sys.argv[3]))}
 CampaignStore.create(sys.argv[1], header={}, components=columns, examples=columns, rows=4, block_rows=2)
 """

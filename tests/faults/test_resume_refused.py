@@ -162,7 +162,7 @@ def test_a_campaign_of_other_hands_is_not_gone_on_with(tmp_path: Path, small_spe
 
 def _other_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"torch": "9.9", "zarr": "8.8"}
-    monkeypatch.setattr("ablate.identity.version", lambda package: versions.get(package) or version(package))
+    monkeypatch.setattr("ablate.campaign.identity.version", lambda package: versions.get(package) or version(package))
 
 
 def test_other_versions_are_named_and_can_be_accepted(

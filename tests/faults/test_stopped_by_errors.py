@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zarr.storage import MemoryStore
 
 import ablate
-import ablate.machine
+import ablate.engine.gated_model
 from stores import CampaignStore
 
 pytestmark = pytest.mark.faults
@@ -53,7 +53,7 @@ def trapped_spec(small_spec: SmallSpec, monkeypatch: pytest.MonkeyPatch) -> Call
     def make(traps: dict[int, BaseException | float], batch_size: int = 128) -> ablate.CampaignSpec:
         monkeypatch.setattr(Trapped, "forwards", 0)
         monkeypatch.setattr(Trapped, "traps", traps)
-        monkeypatch.setattr(ablate.machine, "PROBED", 128)  # no batch is compared with its examples alone
+        monkeypatch.setattr(ablate.engine.gated_model, "PROBED", 128)  # no batch is compared with its examples alone
         return small_spec(model=Trapped(network).eval(), batch_size=batch_size)
 
     return make

@@ -19,9 +19,11 @@ from zarr.storage import LocalStore
 import ablate
 import coar
 import stores
-from stores import AttributionStore, CampaignStore, StoreError, StoreUnreadableError, objects
-from stores.metadata import seal_of
-from stores.worklog import Lease, Process, WorkerRecord, WorkLog
+from stores import AttributionStore, CampaignStore, StoreError, StoreUnreadableError
+from stores.format.root import seal_of
+from stores.records import Lease, Process, WorkerRecord
+from stores.storage import objects
+from stores.work.worklog import WorkLog
 
 pytestmark = pytest.mark.faults
 
@@ -254,7 +256,7 @@ def test_a_claim_to_create_cannot_delete_elsewhere(
     objects.replace(store, "work/creating/0", json.dumps(claim).encode())
     whole = CampaignStore.open(undisturbed)
 
-    monkeypatch.setattr("stores.creating.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("stores.storage.creating.PATIENCE_SECONDS", 0.1)
     columns = {"components": whole.components, "examples": whole.examples}
     with pytest.raises(StoreError, match="leads out of the store"):
         CampaignStore.create(store, header={}, **columns, rows=4, block_rows=2)

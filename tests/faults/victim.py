@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import ablate
-from stores import objects
-from stores.blocks import Blocks
+from stores.blocks.blocks import Blocks
+from stores.storage import objects
 
 
 def small_model(seed: int = 0) -> nn.Sequential:
@@ -87,11 +87,11 @@ def _begins(*prefixes: str) -> Callable[..., bool]:
     return about
 
 
-CREATE, FLUSH = "stores.objects.create", "stores.objects.flush"
+CREATE, FLUSH = "stores.storage.objects.create", "stores.storage.objects.flush"
 POINTS: dict[
     str, tuple[str, Callable[..., Any]]
 ] = {  # where the process dies: what stands there, and what is put there
-    "draft begun": ("stores.schema._consolidate", _die),
+    "draft begun": ("stores.format.groups._consolidate", _die),
     "draft complete": ("os.rename", _die),
     "store made": ("os.rename", _dying(os.rename, 1)),
     "block claimed": (CREATE, _dying(objects.create, 4, _begins("work/leases/"))),
@@ -99,7 +99,7 @@ POINTS: dict[
     "data written, not flushed": (CREATE, _dying(objects.create, 4, _begins("keep/c/"))),
     "data flushed, mark not written": (FLUSH, _dying(objects.flush, 4, _begins("outputs/c/"))),
     "mark written, not flushed": (CREATE, _dying(objects.create, 4, _begins("ledger/c/"))),
-    "mark flushed": ("stores.blocks.Blocks.write", _dying(Blocks.write, 4)),
+    "mark flushed": ("stores.blocks.blocks.Blocks.write", _dying(Blocks.write, 4)),
     "last data flushed, mark not written": (FLUSH, _dying(objects.flush, 6, _begins("outputs/c/"))),
 }
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 from stores import CampaignStore, StoreExistsError, StoreNotFoundError, StoreUnreadableError, UnfinishedStoreError
-from stores.worklog import Worker
+from stores.work.worker import Worker
 
 Keep = npt.NDArray[np.bool_]
 Outputs = npt.NDArray[np.float32]

@@ -12,11 +12,11 @@ from torch import nn
 import ablate
 import coar
 import stores
-from ablate.logs import log_to
-from ablate.sources import ImageFolderData, TorchvisionModel
-from ablate.status import Watch
-from stores.compact import make_copies, remove_copies
-from stores.places import resolve, user_path
+from ablate.loading.sources import ImageFolderData, TorchvisionModel
+from ablate.work.logs import log_to
+from ablate.work.status import Watch
+from stores.maintenance.compact import make_copies, remove_copies
+from stores.storage.places import resolve, user_path
 
 FOREIGN = (".DS_Store", "._0", "._zarr.json", ".nfs000001", "Thumbs.db", "desktop.ini")
 

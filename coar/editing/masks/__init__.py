@@ -1,4 +1,7 @@
-"""Hypernetwork masks: learn which components to edit, then tune only those."""
+"""Hypernetwork masks: learn which components to edit, then tune only those.
+
+May import: everything in `editing` but `registry`. Start reading in `editor.py`.
+"""
 
 from coar.editing.masks.artefact import load_hypernetwork as load_hypernetwork
 from coar.editing.masks.artefact import save_hypernetwork as save_hypernetwork

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ablate import ComponentIndex, Examples, ModelMismatchError, Selection
-from ablate.copying import device_of
+from ablate.models.copies import device_of
+from coar.editing.edits.sealed import read_sealed, write_sealed
 from coar.editing.masks.hypernetwork import Hypernetwork, NetworkShape
 from coar.editing.masks.network import MaskHypernetwork, identity_of, refuse_differences
 from coar.editing.masks.settings import MetaSettings
-from coar.editing.sealed import read_sealed, write_sealed
 from coar.errors import EditError
-from stores.places import user_path
+from stores.storage.places import user_path
 
 FORMAT = "mask-hypernetwork"
 FORMAT_VERSION = 1

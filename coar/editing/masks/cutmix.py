@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kinds import Anatomy
+from ablate.index.kinds import Anatomy
 from coar.editing.masks.settings import MetaSettings
 from coar.errors import EditError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ablate.structure import mixing_axes
+from ablate.index.structure import mixing_axes
 from coar.errors import EditError
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kinds import Anatomy
-from ablate.structure import sizes
+from ablate.index.kinds import Anatomy
+from ablate.index.structure import sizes
 from coar.editing.masks.settings import MetaSettings
 
 NORM_EPS = 1e-6

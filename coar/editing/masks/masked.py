@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ablate import Selection
 from coar.editing.abstract import Editor, Found
-from coar.editing.finetune import FineTuning
 from coar.editing.log import EditLog
 from coar.editing.masks.binarise import check_choice
 from coar.editing.masks.layout import MaskLayout
-from coar.editing.places import last_feed_forward_blocks
+from coar.editing.methods.finetune import FineTuning
 from coar.editing.request import Request
+from coar.editing.where.defaults import last_feed_forward_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

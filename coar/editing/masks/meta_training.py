@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate import Examples, Selection, preserved_random_state
-from ablate.copying import copy_of, device_of
 from ablate.logits import returning_logits
-from ablate.progress import progress_bar
+from ablate.models.copies import copy_of, device_of
+from ablate.work.progress import progress_bar
 from coar.editing.masks.artefact import read_artefact, save_hypernetwork
 from coar.editing.masks.cutmix import paste, patch_of, random_crops
 from coar.editing.masks.features import find_site, predict_with_feature, refuse_training_mode
@@ -33,7 +33,7 @@ from coar.editing.masks.network import HISTORY, MaskHypernetwork, identity_of
 from coar.editing.masks.settings import MetaSettings
 from coar.errors import EditError, EditMismatchError
 from stores import Difference, differences
-from stores.places import user_path
+from stores.storage.places import user_path
 
 LOG = logging.getLogger("coar.editing")
 DIFFERS = 0.2  # a bit differs between two samples where their masks are this far apart

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from ablate import Selection
-from coar.editing.edit import Edit
+from coar.editing.edits.edit import Edit
 from coar.editing.masks.editor import HypernetworkMask
 from coar.editing.masks.masked import MaskedEditor
 from coar.editing.request import Request

@@ -138,7 +138,7 @@ class Functional(nn.Module):
         return F.linear(input=x, weight=self.head.weight, bias=self.head.bias)
 
 
-class Layout(nn.Module):
+class ExampleLayout(nn.Module):
     """Two linear layers over (B, T, C) inputs, brought into a layout in which the examples are somewhere else."""
 
     def __init__(self, layout: str) -> None:
@@ -241,7 +241,7 @@ class Branches(nn.Module):
 
 
 def _layout(name: str) -> Callable[[], nn.Module]:
-    return lambda: Layout(name)
+    return lambda: ExampleLayout(name)
 
 
 def _attending(form: str) -> Callable[[], nn.Module]:

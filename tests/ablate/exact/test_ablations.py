@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ablate
-from ablate.ablation import Ablation, MeanAblation, ScaleAblation, ZeroAblation, get_ablation, mean_activations
+from ablate.ablation import Ablation, MeanAblation, ScaleAblation, ZeroAblation, get_ablation
+from ablate.gating.means import mean_activations
 
 Case = tuple[nn.Module, ablate.ComponentIndex, Tensor, Tensor, str]
 SomeKeep = Callable[..., npt.NDArray[np.bool_]]

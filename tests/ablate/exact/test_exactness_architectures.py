@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import ablate
-from ablate.machine import Speed
+from ablate.engine.gated_model import Speed
 
 SomeKeep = Callable[..., npt.NDArray[np.bool_]]
 AS_GIVEN = Speed(fold=False, channels_last=False)

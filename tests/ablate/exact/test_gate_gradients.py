@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ablate
-from ablate.machine import Speed
+from ablate.engine.gated_model import Speed
 
 Case = tuple[nn.Module, ablate.ComponentIndex, Tensor, Tensor, str]
 Slow = Callable[..., tuple[Tensor, Tensor]]

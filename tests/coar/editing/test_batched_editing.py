@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 import ablate
 from ablate import Examples
-from coar.editing import pairs
-from coar.editing.directions import ConceptKeys, key_directions
-from coar.editing.edit import Edit
-from coar.editing.evaluate import evaluate_edit, predictions
-from coar.editing.labels import LabelLoss
+from coar.editing.edits.edit import Edit
+from coar.editing.judging.evaluate import evaluate_edit
+from coar.editing.methods import pairs
+from coar.editing.methods.directions import ConceptKeys, key_directions
+from coar.editing.methods.second_moment import SecondMoment
+from coar.editing.predicting import predictions
 from coar.editing.registry import get_editor
 from coar.editing.request import Request
 from coar.editing.running import BATCH, memory_reported, run
-from coar.editing.second_moment import SecondMoment
+from coar.editing.training.labels import LabelLoss
 
 ROOM = 16  # examples that the device of these tests holds
 

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ablate import Examples
-from coar.editing.benchmark_sets import boundary_set, content_hashes, failure_groups, failures, reject_duplicates
+from coar.editing.judging.benchmark_sets import (
+    boundary_set,
+    content_hashes,
+    failure_groups,
+    failures,
+    reject_duplicates,
+)
 from coar.errors import CoarError
 
 

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from coar.editing.blocks import Block, branch_ends, capture, find_block, layer_keys, run_block, run_until
+from coar.editing.where.blocks import Block, branch_ends, capture, find_block, layer_keys, run_block, run_until
 from coar.errors import EditError
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import coar
 from ablate import ComponentIndex, Engine, Examples
-from coar.editing.coar_edit import Ranking, rank_weights
-from coar.editing.coar_editor import COAREditor
-from coar.editing.edit_sizes import SizeRule, choose_size, size_for_target
+from coar.editing.coar_edit.editor import COAREditor
+from coar.editing.coar_edit.ranking import Ranking, rank_weights
+from coar.editing.coar_edit.size import SizeRule, choose_size, size_for_target
 from coar.editing.log import EditLog
 from coar.editing.registry import editor_names, get_editor
 from coar.editing.request import Request

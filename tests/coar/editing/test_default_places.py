@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import coar
-from coar.editing.layers import layers_of
-from coar.editing.places import by_use, last_feed_forward_blocks, last_layer
+from coar.editing.where.defaults import by_use, last_feed_forward_blocks, last_layer
+from coar.editing.where.layers import layers_of
 
 
 class Declared(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 
 import coar
 from ablate import ComponentIndex, Examples
-from coar.editing.coar_edit import NO_VARIANCE, rank_weights
+from coar.editing.coar_edit.ranking import NO_VARIANCE, rank_weights
 from coar.editing.registry import get_editor
 from coar.editing.request import Request
 from coar.errors import EditError

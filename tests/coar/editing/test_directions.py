@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coar.editing.directions import along, coordinates, key_directions, key_weights, pooled
-from coar.editing.second_moment import SecondMoment
+from coar.editing.methods.directions import along, coordinates, key_directions, key_weights, pooled
+from coar.editing.methods.second_moment import SecondMoment
 from coar.errors import EditError
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coar.editing.disagreement import hop_distance, most_disagreeing
+from coar.editing.judging.disagreement import hop_distance, most_disagreeing
 from coar.errors import EditError
 
 PATHS = st.lists(st.sampled_from("ab"), max_size=5).map(lambda names: ["entity", *names])

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import ablate
 import coar
 from ablate import ComponentIndex
-from coar.editing.files import read_edit_file
-from coar.editing.operations import Delta, Factors, LowRank, Scale
-from coar.editing.sealed import write_sealed
-from coar.editing.weights import covered
+from coar.editing.edits.covered import covered
+from coar.editing.edits.files import read_edit_file
+from coar.editing.edits.operations import Delta, Factors, LowRank, Scale
+from coar.editing.edits.sealed import write_sealed
 
 FIXTURES = Path(__file__).parent / "fixtures"  # written by the versions that had these formats
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 import ablate
 import coar
 from ablate import ComponentIndex, Examples
-from coar.editing.interpolation import interpolation_curve
-from coar.editing.operations import Delta, Factors, LowRank, Operation, Scale
-from coar.editing.parts import Parts
-from coar.editing.weights import conflicts, covered
+from coar.editing.edits.conflicts import conflicts
+from coar.editing.edits.covered import covered
+from coar.editing.edits.operations import Delta, Factors, LowRank, Operation, Scale
+from coar.editing.edits.parts import Parts
+from coar.editing.methods.interpolation import interpolation_curve
 
 Weights = dict[str, Tensor]
 IDS = [0, 2, 12]  # two filters of conv1, one neuron of fc

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from coar.editing.edit_predictions import EditPredictions, KeptPredictions, load_edit_predictions
+from coar.editing.judging.edit_predictions import EditPredictions, KeptPredictions, load_edit_predictions
 from coar.errors import CoarError, EditError
 
 

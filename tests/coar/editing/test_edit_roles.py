@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import coar
 from ablate import ComponentIndex
-from coar.editing.finetune import FineTuning
+from coar.editing.methods.finetune import FineTuning
 from coar.editing.request import Request
 
 

@@ -15,7 +15,7 @@ import ablate
 import coar
 from ablate import Examples
 from ablate.errors import UnknownNameError
-from coar.editing.edit_spec import EditSpec, read_spec
+from coar.cli.editing.spec import EditSpec, read_spec
 
 COUNT = 6
 BASE = """

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import ablate
 import coar
 from ablate import ComponentIndex
-from coar.editing.finetune import FineTuning
-from coar.editing.operations import Ablate, Delta, Scale
-from coar.editing.parts import Parts
+from coar.editing.edits.conflicts import conflicts
+from coar.editing.edits.covered import covered
+from coar.editing.edits.operations import Ablate, Delta, Scale
+from coar.editing.edits.parts import Parts
+from coar.editing.methods.finetune import FineTuning
 from coar.editing.request import Request
-from coar.editing.weights import conflicts, covered
 
 Rows = dict[str, float]
 

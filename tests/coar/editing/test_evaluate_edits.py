@@ -16,10 +16,12 @@ from torch import Tensor, nn
 import ablate
 from ablate import ComponentIndex, Examples, Selection
 from coar.editing.abstract import Editor, Found
-from coar.editing.edit import Edit
-from coar.editing.evaluate import evaluate_edit, evaluate_single_edits, predictions
+from coar.editing.edits.edit import Edit
+from coar.editing.edits.operations import Ablate
+from coar.editing.judging.evaluate import evaluate_edit
+from coar.editing.judging.single_edits import evaluate_single_edits
 from coar.editing.log import EditLog
-from coar.editing.operations import Ablate
+from coar.editing.predicting import predictions
 from coar.editing.request import TOKENS, Request
 from coar.errors import EditError
 

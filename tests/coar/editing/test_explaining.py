@@ -11,8 +11,8 @@ from torch import nn
 
 import coar
 from ablate import Selection
+from coar.cli.editing.explaining import check_settings, explain, parse_settings
 from coar.editing.abstract import Editor, Found
-from coar.editing.explaining import check_settings, explain, parse_settings
 from coar.editing.log import EditLog
 from coar.editing.registry import editor_class, editor_names
 from coar.editing.request import Request

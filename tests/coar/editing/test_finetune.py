@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import coar
 from ablate import ComponentIndex, Examples
-from coar.editing.finetune import SANTURKAR_GRID, YANG_PENALTIES, FineTuning
+from coar.editing.edits.covered import covered
+from coar.editing.methods.finetune import SANTURKAR_GRID, YANG_PENALTIES, FineTuning
 from coar.editing.request import Request
-from coar.editing.weights import covered
 
 Randomise = Callable[[nn.Module, int], nn.Module]
 Untouched = Callable[..., AbstractContextManager[None]]

@@ -13,11 +13,13 @@ from torch.utils.data import TensorDataset
 
 import coar
 from ablate import ComponentIndex, Engine, Examples
-from coar.editing.coar_edit import rank_components, sweep_edit_size
-from coar.editing.edit import Edit
-from coar.editing.evaluate import evaluate_edit, evaluate_single_edits, predictions
+from coar.editing.coar_edit.ranking import rank_components, sweep_edit_size
+from coar.editing.edits.edit import Edit
 from coar.editing.given import as_examples, as_positions
-from coar.editing.interpolation import interpolation_curve
+from coar.editing.judging.evaluate import evaluate_edit
+from coar.editing.judging.single_edits import evaluate_single_edits
+from coar.editing.methods.interpolation import interpolation_curve
+from coar.editing.predicting import predictions
 from coar.editing.registry import get_editor
 from coar.editing.request import Request
 from coar.errors import EditError

@@ -13,8 +13,8 @@ from torch import nn
 
 import ablate
 from ablate import ComponentIndex, Examples
-from coar.editing.edit import Edit
-from coar.editing.evaluate import evaluate_edit
+from coar.editing.edits.edit import Edit
+from coar.editing.judging.evaluate import evaluate_edit
 from coar.editing.registry import get_editor
 from coar.editing.request import Request
 from coar.errors import EditError

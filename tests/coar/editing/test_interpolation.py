@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import coar
 from ablate import ComponentIndex, Examples
-from coar.editing.evaluate import predictions
-from coar.editing.finetune import FineTuning
-from coar.editing.interpolation import OneLayerInterpolation, Paint, interpolation_curve
-from coar.editing.operations import Delta, Scale
+from coar.editing.edits.operations import Delta, Scale
+from coar.editing.methods.finetune import FineTuning
+from coar.editing.methods.interpolation import OneLayerInterpolation, Paint, interpolation_curve
+from coar.editing.predicting import predictions
 from coar.editing.request import Request
 from coar.metrics import Accuracy, MetricError, accuracy, is_convex
 

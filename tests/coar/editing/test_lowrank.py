@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import coar
 from ablate import ComponentIndex, Selection
-from coar.editing.lowrank import DirectLowRank
-from coar.editing.one_block import place_of
-from coar.editing.operations import Factors, LowRank
+from coar.editing.edits.operations import Factors, LowRank
+from coar.editing.methods.lowrank import DirectLowRank
 from coar.editing.request import Request
+from coar.editing.where.layer import place_of
 from coar.errors import EditError
 
 Randomise = Callable[[nn.Module, int], nn.Module]

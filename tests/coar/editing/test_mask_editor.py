@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate import ComponentIndex, Examples, Selection
-from coar.editing.files import load_edit
-from coar.editing.finetune import FineTuning
+from coar.editing.edits.covered import covered
+from coar.editing.edits.files import load_edit
 from coar.editing.log import EditLog
 from coar.editing.masks import (
     HypernetworkMask,
@@ -31,9 +31,9 @@ from coar.editing.masks import (
     train_hypernetwork,
 )
 from coar.editing.masks.masked import MaskedEditor
+from coar.editing.methods.finetune import FineTuning
 from coar.editing.request import Request
-from coar.editing.training import Descent, descend
-from coar.editing.weights import covered
+from coar.editing.training.descent import Descent, descend
 from coar.errors import EditError, EditMismatchError
 
 Untouched = Callable[..., AbstractContextManager[None]]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ablate import ComponentIndex, Selection
+from coar.editing.edits.covered import covered
 from coar.editing.masks.layout import MaskLayout
-from coar.editing.places import last_feed_forward_blocks
-from coar.editing.weights import covered
+from coar.editing.where.defaults import last_feed_forward_blocks
 from coar.errors import EditError
 
 

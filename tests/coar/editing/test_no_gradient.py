@@ -12,7 +12,7 @@ from ablate import ComponentIndex, Examples
 from coar.editing.log import EditLog
 from coar.editing.registry import get_editor
 from coar.editing.request import Request
-from coar.editing.training import Descent, descend
+from coar.editing.training.descent import Descent, descend
 from coar.errors import EditError
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))

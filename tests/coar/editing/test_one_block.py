@@ -9,9 +9,9 @@ import torchvision
 from torch import nn
 
 from ablate import ComponentIndex
-from coar.editing.blocks import Block, find_block
-from coar.editing.one_block import place_of
-from coar.editing.pairs import Pairs
+from coar.editing.methods.pairs import Pairs
+from coar.editing.where.blocks import Block, find_block
+from coar.editing.where.layer import place_of
 from coar.errors import EditError
 
 

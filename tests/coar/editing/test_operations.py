@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import ablate
 import coar
 from ablate import ComponentIndex
-from coar.editing.operations import Ablate, Delta, Factors, LowRank, Operation, Scale
-from coar.editing.weights import covered
+from coar.editing.edits.covered import covered
+from coar.editing.edits.operations import Ablate, Delta, Factors, LowRank, Operation, Scale
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import coar
 from ablate import ComponentIndex, Examples
-from coar.editing.blocks import find_block, run_until
-from coar.editing.output_collision import OutputCollision
+from coar.editing.edits.covered import covered
+from coar.editing.methods.output_collision import OutputCollision
 from coar.editing.request import Request
-from coar.editing.weights import covered
+from coar.editing.where.blocks import find_block, run_until
 
 Randomise = Callable[[nn.Module, int], nn.Module]
 Untouched = Callable[..., AbstractContextManager[None]]

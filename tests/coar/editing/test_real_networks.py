@@ -12,9 +12,9 @@ import torchvision
 from torch import Tensor, nn
 
 from ablate import Examples
+from coar.editing.edits.covered import covered
 from coar.editing.registry import editor_class, editor_names, get_editor
 from coar.editing.request import Request
-from coar.editing.weights import covered
 
 SIZE, CLASSES = 64, 5
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import coar
 from ablate import ComponentIndex, Examples, Selection
-from coar.editing.blocks import capture, find_block, layer_keys, run_block
-from coar.editing.directions import along, key_directions
-from coar.editing.operations import Delta, LowRank
+from coar.editing.edits.operations import Delta, LowRank
+from coar.editing.methods.directions import along, key_directions
+from coar.editing.methods.rewriting import GRID, PRESETS, Rewriting, rewriting_loss
+from coar.editing.methods.second_moment import second_moment
 from coar.editing.registry import get_editor
 from coar.editing.request import Request
-from coar.editing.rewriting import GRID, PRESETS, Rewriting, rewriting_loss
-from coar.editing.second_moment import second_moment
+from coar.editing.where.blocks import capture, find_block, layer_keys, run_block
 from coar.errors import EditError
 
 Randomise = Callable[[nn.Module, int], nn.Module]

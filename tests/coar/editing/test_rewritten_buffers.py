@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore
 
 import ablate
 import coar
-from ablate.buffers import named_buffers, restored_buffers, written_buffers
+from ablate.models.buffers import named_buffers, restored_buffers, written_buffers
 from stores import CampaignStore, StoreMismatchError
 
 INPUTS = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coar.editing.schedules import warm_up_cosine
+from coar.editing.training.schedules import warm_up_cosine
 
 
 @pytest.mark.parametrize(

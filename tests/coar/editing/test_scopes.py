@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import coar
 from ablate import ComponentIndex
-from coar.editing import scopes
+from coar.editing.where import scopes
 
 Randomise = Callable[[nn.Module, int], nn.Module]
 CONV_NET = ["conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ablate import Examples
-from coar.editing.blocks import layer_keys
-from coar.editing.second_moment import SecondMoment, forget_second_moments, second_moment
+from coar.editing.methods.second_moment import SecondMoment, forget_second_moments, second_moment
+from coar.editing.where.blocks import layer_keys
 from coar.errors import EditError
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import coar
-from coar.editing.finetune import FineTuning
-from coar.editing.interpolation import Paint
-from coar.editing.output_collision import OutputCollision
+from coar.editing.methods.finetune import FineTuning
+from coar.editing.methods.interpolation import Paint
+from coar.editing.methods.output_collision import OutputCollision
 from coar.editing.settings import wrong_types
-from coar.editing.training import Descent
+from coar.editing.training.descent import Descent
 
 
 @dataclass(frozen=True)

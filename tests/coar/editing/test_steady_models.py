@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ablate import ComponentIndex, Engine, Examples, GatingError
-from ablate.steady import require_steady
-from coar.editing.edit import Edit
-from coar.editing.evaluate import evaluate_edit, evaluate_single_edits, predictions
-from coar.editing.interpolation import interpolation_curve
+from ablate.campaign.steady import require_steady
+from coar.editing.edits.edit import Edit
+from coar.editing.judging.evaluate import evaluate_edit
+from coar.editing.judging.single_edits import evaluate_single_edits
+from coar.editing.methods.interpolation import interpolation_curve
+from coar.editing.predicting import predictions
 from coar.editing.registry import get_editor
 from coar.editing.request import Request
 

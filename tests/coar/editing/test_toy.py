@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ablate import Examples
-from coar.editing.benchmark_sets import content_hashes
+from coar.editing.judging.benchmark_sets import content_hashes
 from coar.editing.toy import StickerToy, sticker_toy
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coar.editing.log import EditLog
-from coar.editing.training import Descent, descend
+from coar.editing.training.descent import Descent, descend
 from coar.errors import EditError
 
 

@@ -16,13 +16,13 @@ import coar
 from ablate import ComponentIndex, Examples, Selection
 from ablate.errors import UnknownNameError
 from coar.editing.abstract import Editor, Found
-from coar.editing.layers import default_layer_kinds, layers_of, windows
+from coar.editing.edits.covered import covered
+from coar.editing.edits.operations import Delta
+from coar.editing.judging.where_search import LayerSearch, search_layers
 from coar.editing.log import EditLog
-from coar.editing.operations import Delta
 from coar.editing.request import Request
-from coar.editing.training import Descent, descend
-from coar.editing.weights import covered
-from coar.editing.where_to_edit import LayerSearch, search_layers
+from coar.editing.training.descent import Descent, descend
+from coar.editing.where.layers import default_layer_kinds, layers_of, windows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,4 @@
+"""The command line `coar`: one file per command or group of commands.
+
+May import: everything, when a command runs. Start reading in `app.py`; `common.py` has what commands share.
+"""

@@ -1,0 +1,4 @@
+"""Attributions from gate gradients: designs, moments, shrinkage.
+
+May import: `estimators` beside it. Start reading in `estimator.py`.
+"""

@@ -1,0 +1,4 @@
+"""Attributions from a campaign by linear regression, in blocks, exactly.
+
+May import: `estimators` beside it, `attributions`. Start reading in `fit.py`.
+"""

@@ -1,0 +1,4 @@
+"""Figures and the HTML report.
+
+May import: everything in `coar` but `cli`. Start reading in `plots.py`.
+"""

@@ -1,0 +1,4 @@
+"""Runs of rows that are written once, checked by sha256, marked in the ledger and read back.
+
+May import: `format`, `storage`. Start reading in `blocks.py`.
+"""
