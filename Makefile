@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PARALLEL := -n 2 --dist loadgroup  # two pytest processes; each test has one thread
 
-.PHONY: demo test quick lint types clean setup
+.PHONY: demo test quick lint types docs clean setup
 
 setup: $(READY)
 
@@ -17,7 +17,7 @@ $(READY): pyproject.toml
 demo: $(READY)            ## the main job on real handwritten digits: runs/demo/report.html
 	$(BIN)/coar demo
 
-test: $(READY) lint types ## everything: lint, types, all tests
+test: $(READY) lint types docs ## everything: lint, types, the site, all tests
 	$(BIN)/pytest $(PARALLEL)
 
 quick: $(READY)           ## the tests without the slow ones
@@ -29,6 +29,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+docs: $(READY)            ## the documentation site: runs/docs/index.html, to be opened from disk
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -152,7 +152,7 @@ class _PythonSpec(_Settings):
 class CampaignSpec(Immutable):
     """A campaign: model, data, components, output, keep plan, and how to run it.
 
-    Args:
+    Keyword Args:
       model: An `nn.Module`, or a table like `{"source": "torchvision", "name": "resnet18"}`.
       data: `(inputs, targets)`, a `Dataset`, `Examples`, or a table like `{"source": "arrays", "path": "x.npz"}`.
       rows: Number of keep-vectors that a campaign runs; an estimate from gradients needs none.

@@ -85,7 +85,7 @@ def estimate(
         CampaignSpec.
 
     Returns:
-      Attributions: weights and standard errors (examples, components), bias (examples,), in units of the output.
+      Weights and standard errors (examples, components), bias (examples,), in units of the output.
 
     Raises:
       FitError: Settings that make no sense, no gradients (offers regression), a budget too small.

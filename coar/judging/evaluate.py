@@ -17,8 +17,8 @@ from coar.attributions.same_subject import engine_differences, listed, output_na
 from coar.errors import QueryError
 from coar.statistics import correlation, mean_interval, rank_correlation
 
-# From far fewer ablations than campaigns make to far more: where a linear prediction is easy, and where it is not.
 ABLATE_FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""From far fewer ablations than campaigns make to far more: where a linear prediction is easy, and where it is not."""
 
 
 def counterfactual_correlation(

@@ -20,6 +20,7 @@ from stores.errors import StoreError, StoreUnreadableError
 from stores.storage import objects
 
 FORMAT_VERSION = 2
+"""The version of the format that is written."""
 OLDEST_VERSION = 1  # that is still read
 
 ROOT = "zarr.json"

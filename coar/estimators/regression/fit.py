@@ -84,7 +84,7 @@ def fit(
       progress: Show a progress bar on stderr.
 
     Returns:
-      Attributions: weights and standard errors (examples, components) and bias (examples,) in units of the output;
+      Weights and standard errors (examples, components) and bias (examples,) in units of the output;
       quality per example: held-out correlation and r2, the penalty, the residual standard deviation.
 
       Standard errors. Ridge and OLS: residual_sd * sqrt(diagonal of (K'K + ridge)^-1). For OLS the textbook's; for
