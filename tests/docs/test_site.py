@@ -86,6 +86,18 @@ def test_docstrings_are_read_as_they_are_written_here(monkeypatch: pytest.Monkey
     assert readable("First, second: prose.\nCost: one pass.") == "First, second: prose.\n\n**Cost:** one pass."
 
 
+def test_what_a_page_or_a_style_sheet_fetches_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = "https://example.org/"
+    (tmp_path / "page.html").write_text(
+        f'<link rel="stylesheet" href="{remote}1"><script src="//example.org/2"></script>'
+        f'<style>@import "{remote}3"</style>'
+        f'<p style="background: url({remote}4)"><a href="{remote}paper">a paper</a><img src="5.png"></p>'
+    )
+    (tmp_path / "site.css").write_text(f"@font-face {{ src: url('{remote}6') }} p {{ background: url(7.png) }}")
+    found = list(_hook("nothing_remote", monkeypatch).remote_resources(tmp_path))
+    assert [resource.rstrip(">")[-1] for resource in found] == ["1", "2", "3", "4", "6"]
+
+
 def _pages(nav: Any) -> Iterator[str]:
     if isinstance(nav, str):
         yield nav
