@@ -38,7 +38,7 @@ def test_a_clock_that_was_set_back_changes_no_number(
     path = tmp_path / "a.zarr"
     for now, missing in ((first, [1, 4]), (second, [])):
         with monkeypatch.context() as patch:
-            patch.setattr("stores.records.utc_now", lambda now=now: now)
+            patch.setattr("stores.work.worker.utc_now", lambda now=now: now)
             ablate.run(small_spec(), path, progress=False)
         unfinish(path, missing)
 

@@ -16,7 +16,7 @@ from coar.editing.edits.writing import save_edit
 from coar.errors import EditError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Edit(EditValue):
     """What to change in a model, and how strongly. Immutable.
 

@@ -80,7 +80,7 @@ def test_another_byte_is_refused_before_it_is_read(package: Path, monkeypatch: p
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    monkeypatch.setattr("ablate.loading.load.read_checkpoint", lambda path: pytest.fail("was read"))
+    monkeypatch.setattr("ablate.loading.networks.packaged.read_checkpoint", lambda path: pytest.fail("was read"))
     message = (
         f"{file} is not the file that 'tiny' is made of: its sha256 is {hashlib.sha256(content).hexdigest()[:12]}..., "
     )

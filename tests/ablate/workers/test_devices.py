@@ -16,7 +16,6 @@ import torch
 from zarr.storage import MemoryStore
 
 import ablate
-from ablate import devices
 from ablate.campaign.spec import on_device
 from ablate.errors import SpecError
 from ablate.workers import supervise as supervising
@@ -101,7 +100,7 @@ def test_no_cuda_here(gpus: Callable[[int], None]) -> None:
 def test_threads(
     monkeypatch: pytest.MonkeyPatch, cores: int, environment: str, workers: int, asked: int | None, threads: int
 ) -> None:
-    monkeypatch.setattr(devices, "core_count", lambda: cores)
+    monkeypatch.setattr("ablate.workers.shares.core_count", lambda: cores)
     monkeypatch.setenv("OMP_NUM_THREADS", environment)
     assert share_threads(workers, asked) == threads
 
