@@ -23,6 +23,9 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# What torch says once per process would fail whichever test comes first in this process: each time, or never.
+torch.set_warn_always(True)
+
 # The same examples in every run, so that a red run is red again; `HYPOTHESIS_PROFILE=nightly` looks for new ones.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
 settings.register_profile("nightly", deadline=None, max_examples=1000)
@@ -31,7 +34,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # Tests that start several processes and wait for what these do: one such test at a time, whatever else runs beside it.
 PROCESSES = {
     "test_kill.py", "test_kill_estimate.py", "test_workers.py", "test_cluster_ray.py", "test_slurm.py",
-    "test_cli_workers.py", "test_bench_faults.py", "test_bench_stores.py", "test_fit_while_running.py",
+    "test_cli_workers.py", "test_background_jobs.py", "test_bench_faults.py", "test_bench_stores.py", "test_fit_while_running.py",
     "test_full_disk.py", "test_memory.py", "test_fit_memory.py", "test_code_blocks.py",
 }  # fmt: skip
 

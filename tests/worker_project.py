@@ -24,6 +24,7 @@ import torch
 
 from stores.records import WorkerRecord
 from stores.work.worklog import WorkLog
+from tests.signals import default_signals
 
 MODEL = """
 import json, os, signal, time
@@ -117,11 +118,12 @@ class Project:
     def start(self, *words: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
         """Starts the command line in the folder; whatever happens, no process of it is left in the end."""
         tag = uuid.uuid4().hex
-        process = subprocess.Popen(
-            [sys.executable, "-m", "coar", *map(str, words)],
-            cwd=self.folder, env=self.environment(TINY_START=tag, **environment), text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        with default_signals():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "coar", *map(str, words)],
+                cwd=self.folder, env=self.environment(TINY_START=tag, **environment), text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
         try:
             with process:
                 try:

@@ -29,6 +29,7 @@ from coar.cli.common import BAD_INPUT, FAILED, MISMATCH, NOT_FINISHED, say
 from coar.cli.editing import command as cli_edit
 from coar.cli.editing import info as cli_edit_info
 from coar.cli.workers.flags import OptionalRay
+from coar.cli.workers.stopping import hear_interrupts
 from coar.demo import run_demo
 
 app = typer.Typer(
@@ -104,6 +105,7 @@ def main() -> None:
     """Runs the command line; turns errors of the toolkit into a message and an exit code."""
     if "" not in sys.path:
         sys.path.insert(0, "")  # a spec's `factory` may be a module of the working directory, as with `python -m`
+    hear_interrupts()
     try:
         app()
     except stores.StoreMismatchError as error:

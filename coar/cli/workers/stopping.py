@@ -56,6 +56,15 @@ def ending_in_order(back_into_queue: bool, tied: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def hear_interrupts() -> None:
+    """Makes Ctrl-C and SIGINT end this process, also where it was started with them ignored; mutates that setting alone.
+
+    A shell starts background jobs so, in the belief that nobody would interrupt them but by mistake.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _tell(number: int, frame: FrameType | None) -> None:
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)  # once is enough
