@@ -32,6 +32,7 @@ from stores.storage.places import user_path
 
 EDIT_SIZES = tuple(range(0, 81, 5))
 CURVE_LENGTH = 20
+QUICK_ROWS, QUICK_PER_GROUP = 300, 5  # some seconds: enough to see everything, too little to believe it
 FRESH_SEED = 1_000_003  # added to the campaign's: the keep-vectors that judge are never those that were fitted
 
 Say = Callable[[str, pd.DataFrame | None], None]
@@ -50,22 +51,33 @@ class DemoResult:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-def demo_spec(out: str | os.PathLike[str] = "runs/demo", seed: int = 0) -> CampaignSpec:
-    """Returns the spec in `coar/demo.toml`, for another folder or seed if asked."""
+def demo_spec(out: str | os.PathLike[str] = "runs/demo", seed: int = 0, quick: bool = False) -> CampaignSpec:
+    """Returns the spec in `coar/demo.toml`, for another folder or seed if asked; quick: few keep-vectors and images."""
     values = tomllib.loads(files("coar").joinpath("demo.toml").read_text(encoding="utf-8"))
     values["seed"] = values["model"]["seed"] = values["data"]["seed"] = seed
+    if quick:
+        values["rows"] = QUICK_ROWS
+        values["data"]["train_per_group"] = values["data"]["test_per_group"] = QUICK_PER_GROUP
     values["store"] = str(user_path(out) / "campaign.zarr")
     values["model"]["cache"] = str(user_path(out) / "model.safetensors")
     return CampaignSpec(where="coar/demo.toml", **values)
 
 
-def run_demo(out: str | os.PathLike[str], seed: int, say: Say, progress: bool = True) -> DemoResult:
+def run_demo(
+    out: str | os.PathLike[str], seed: int, say: Say, progress: bool = True, quick: bool = False
+) -> DemoResult:
     """Runs the main job into the folder `out`, reusing what is finished there, and returns what it found."""
     folder, timings = user_path(out), dict[str, float]()
     with _timed(timings, "train or load the model"):
-        spec = demo_spec(out, seed)
+        spec = demo_spec(out, seed, quick)
         model, examples = spec.load()
     unedited = _accuracy(model, digits_split("test", seed))
+    if quick:
+        say(
+            f"This is the quick demo: {QUICK_ROWS} keep-vectors x {len(examples)} images. Its attributions are rough; "
+            "leave --quick out for those worth looking at.",
+            None,
+        )
     say(
         f"1-2. Handwritten digits ({', '.join(CLASSES)}) over stripes that agree with the label in 95 % of the "
         f"training images. The network: {unedited.average:.1%} right on test images, but only "
@@ -202,7 +214,8 @@ def _repair(
     best = candidates.sort_values(["worst", "average", "k"], ascending=[False, False, True]).iloc[0]
     edit = ranking.edit(int(best["k"]))
     after = _accuracy(edit.apply(model, share=True), digits_split("test", seed))
-    return edit, after, _repair_section(before, after, sweeps, len(edit.selection))
+    each = len(target) // len(MINORITY_GROUPS)
+    return edit, after, _repair_section(before, after, sweeps, len(edit.selection), each)
 
 
 def _before_after(before: GroupAccuracy, after: GroupAccuracy) -> pd.DataFrame:
@@ -214,13 +227,16 @@ def _before_after(before: GroupAccuracy, after: GroupAccuracy) -> pd.DataFrame:
     return pd.DataFrame({"test group": names, "images": sizes, "before": old, "after": new, "points": points})
 
 
-def _repair_section(before: GroupAccuracy, after: GroupAccuracy, sweeps: dict[str, pd.DataFrame], k: int) -> Section:
+def _repair_section(
+    before: GroupAccuracy, after: GroupAccuracy, sweeps: dict[str, pd.DataFrame], k: int, each: int
+) -> Section:
     return Section(
         "The repair",
         text=[
             f"Worst group {before.worst:.1%} -> {after.worst:.1%}, average {before.average:.1%} -> {after.average:.1%} "
-            "on test images. Targets are 20 training images of each group where cue and label disagree, references 20 "
-            "of each where they agree; k was chosen on validation images, the test curve is shown for information only."
+            f"on test images. Targets are {each} training images of each group where cue and label disagree, "
+            f"references {each} of each where they agree; k was chosen on validation images, the test curve is shown "
+            "for information only."
         ],
         tables={"Test accuracy": _before_after(before, after)},
         figures={

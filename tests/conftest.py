@@ -34,8 +34,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # Tests that start several processes and wait for what these do: one such test at a time, whatever else runs beside it.
 PROCESSES = {
     "test_kill.py", "test_kill_estimate.py", "test_workers.py", "test_cluster_ray.py", "test_slurm.py",
-    "test_cli_workers.py", "test_background_jobs.py", "test_bench_faults.py", "test_bench_stores.py", "test_fit_while_running.py",
-    "test_full_disk.py", "test_memory.py", "test_fit_memory.py", "test_code_blocks.py",
+    "test_cli_workers.py", "test_bench_faults.py", "test_bench_stores.py", "test_fit_while_running.py",
+    "test_full_disk.py", "test_memory.py", "test_fit_memory.py", "test_code_blocks.py", "test_background_jobs.py",
 }  # fmt: skip
 
 

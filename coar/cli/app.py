@@ -57,11 +57,17 @@ def options(
 
 @app.command(rich_help_panel="Start here")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for everything it writes.", show_default="runs/demo, or runs/demo-quick", metavar="PATH"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of data, training and keep-vectors.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Some seconds: few keep-vectors, rough attributions.")] = False,
 ) -> None:
     """Run the main job on real handwritten digits: ablate, attribute, ask, edit, report."""
-    run_demo(out, seed, say)
+    run_demo(out or Path("runs/demo-quick" if quick else "runs/demo"), seed, say, quick=quick)
 
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {

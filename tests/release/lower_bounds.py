@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -15,10 +16,10 @@ LOWER_BOUND = re.compile(r"(?P<name>[\w.-]+)(?:\[[\w,]+\])?>=(?P<version>[\d.]+)
 
 
 def constraints(pyproject: str) -> list[str]:
-    """Returns `name==version` for every dependency with a lower bound, those of the extras too; the highest of several."""
+    """Returns `name==version` for every dependency with a lower bound, those of extras too; the highest of several."""
     project = tomllib.loads(pyproject)["project"]
     found: dict[str, str] = {}
-    for requirement in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+    for requirement in chain(project["dependencies"], *project["optional-dependencies"].values()):
         if bound := LOWER_BOUND.match(requirement):
             name, version = bound["name"], bound["version"]
             found[name] = max(found.get(name, "0"), version, key=_numbers)

@@ -1,4 +1,4 @@
-"""Which warnings fail a test, whatever the version of torch: the filters in pyproject.toml, tried on modules of a name."""
+"""Which warnings fail a test, whatever the version of torch: the filters in pyproject.toml, tried out."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def ending_in_order(back_into_queue: bool, tied: bool) -> Iterator[None]:
 
 
 def hear_interrupts() -> None:
-    """Makes Ctrl-C and SIGINT end this process, also where it was started with them ignored; mutates that setting alone.
+    """Makes SIGINT (Ctrl-C) end this process, also where it was started with it ignored; mutates that setting alone.
 
     A shell starts background jobs so, in the belief that nobody would interrupt them but by mistake.
     """

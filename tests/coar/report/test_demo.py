@@ -20,7 +20,7 @@ from stores import AttributionStore, CampaignStore
 FILES = ["attributions.zarr", "campaign.zarr", "edit.safetensors", "model.safetensors", "report.html"]
 
 
-def _small_spec(out: Any, seed: int) -> ablate.CampaignSpec:
+def _small_spec(out: Any, seed: int, quick: bool = False) -> ablate.CampaignSpec:
     """The demo's own spec with 80 keep-vectors and 4 images per group."""
     values = demo_spec(out, seed).describe()
     values["rows"], values["block_rows"] = 80, 20
@@ -41,6 +41,12 @@ def test_the_demos_spec(tmp_path: Path) -> None:
     assert spec["store"] == str(tmp_path / "campaign.zarr")
     assert spec["model"] == {"source": "digits", "seed": 3, "cache": str(tmp_path / "model.safetensors")}
     assert demo_spec(tmp_path).loadable
+
+
+def test_the_quick_demos_spec_is_the_same_but_smaller(tmp_path: Path) -> None:
+    quick, usual = (demo_spec(tmp_path, quick=quick).describe() for quick in (True, False))
+    assert (quick["rows"], quick["data"]["train_per_group"], quick["data"]["test_per_group"]) == (300, 5, 5)
+    assert {key for key in usual if quick[key] != usual[key]} == {"rows", "data"}
 
 
 @pytest.mark.slow
