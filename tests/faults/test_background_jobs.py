@@ -12,7 +12,7 @@ import pytest
 from zarr.storage import LocalStore
 
 from stores import CampaignStore
-from stores.worklog import WorkLog
+from stores.work.worklog import WorkLog
 from tests.signals import default_signals
 from tests.worker_project import BLOCKS, Project
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-from ablate.identity import package_versions
+from ablate.campaign.identity import package_versions
 from tests.release.lower_bounds import PYPROJECT, constraints
 
 ROOT = PYPROJECT.parent
