@@ -23,6 +23,8 @@ from ablate.gating.weights import WeightGates
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest logit
 STEP = {torch.float64: 1e-6, torch.float32: 1e-2}  # of gates, for differences
 SLOPE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 0.1}  # of all slopes together: a kink may lie within a step
+COARSE = 1e-9  # of a value: a second difference in float64 is smaller, unless something was rounded to float32
+COARSE_STEP, COARSE_TOLERANCE = 1e-3, 1e-2  # for models that are float64 in part
 
 
 def mixed_gates(components: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -60,6 +62,7 @@ class GateCheck:
         self._inputs, self._dtype = inputs, dtype
         self._mixed = mixed_gates(len(activation.index), 0, inputs.device, dtype)
         self._plain: Tensor | None = None  # logits of the first example under them
+        self._coarse = False  # whether it computes some of it in less than its dtype
 
     def by_weights(self, *rows: Tensor, first: int = 0) -> Tensor:
         """Returns the logits (rows, ...) of an example per row of gates, from the first on, by changing weights."""
@@ -163,6 +166,7 @@ class GateCheck:
         with torch.no_grad():
             start = self._at(self._mixed)
             along = 2 * self._mixed.flip(0) - 2 + torch.sign(self._mixed.flip(0) - 1)  # of either sign, none of them 0
+            self._coarse = self._is_coarse(along, start)
             if self._agree(slopes, along, start) and not any(how in cuts for how in ROUNDED):
                 return
             zeros = torch.zeros_like(along)
@@ -179,13 +183,23 @@ class GateCheck:
             for _, port in self._activation.sites[name].ports:
                 self._activation.no_gradient.setdefault(port.module, f"autograd does not see the way there ({told})")
 
-    def _agree(self, slopes: Tensor, along: Tensor, start: float) -> bool:
+    def _is_coarse(self, along: Tensor, start: float) -> bool:
+        """Returns whether a float64 model computes some of it in less, so that small steps tell of rounding only."""
         step = STEP[self._dtype]
-        difference = (self._at(self._mixed + step * along) - start) / step
+        second = self._at(self._mixed + step * along) - 2 * start + self._at(self._mixed - step * along)
+        return self._dtype == torch.float64 and abs(second) > COARSE * abs(start)
+
+    def _agree(self, slopes: Tensor, along: Tensor, start: float) -> bool:
+        if self._coarse:
+            step, tolerance, rounding = COARSE_STEP, COARSE_TOLERANCE, 1e-6
+            difference = (self._at(self._mixed + step * along) - self._at(self._mixed - step * along)) / (2 * step)
+        else:
+            step, tolerance, rounding = STEP[self._dtype], SLOPE_TOLERANCE[self._dtype], 1e-3 * TOLERANCE[self._dtype]
+            difference = (self._at(self._mixed + step * along) - start) / step
         expected = float(slopes @ along)
         size = float(slopes.abs() @ along.abs()) + abs(difference)
-        floor = 1e-3 * TOLERANCE[self._dtype] / step * abs(start)  # what rounding of the value makes of a difference
-        return abs(difference - expected) <= SLOPE_TOLERANCE[self._dtype] * size + floor
+        floor = rounding / step * abs(start)  # what rounding of the value makes of a difference
+        return abs(difference - expected) <= tolerance * size + floor
 
     def _matters(self, name: str, start: float) -> bool:
         """Returns whether closing the components of a weight changes anything."""

@@ -177,3 +177,35 @@ def test_within_inference_mode(conv_net: nn.Module, images: Tensor, labels: Tens
     for got, wanted in zip(inside, expected[0], strict=True):
         assert torch.equal(got, wanted)
     assert torch.equal(engine.gate_gradients(gates, images, labels)[1], expected[0][1])
+
+
+class _PartlyFloat32(nn.Module):
+    """Computes some of its way in float32, as language models' norms do, and looks a constant up without autograd."""
+
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.cut = nn.Linear(6, 40), nn.Linear(40, 3), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits."""
+        with torch.no_grad():
+            turn = torch.arange(40, dtype=torch.float32).cos() + 1.5
+        h = torch.tanh(self.first(x)).float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        h = h * turn
+        if self.cut:
+            h = torch.cat([h[:, :20].detach(), h[:, 20:]], dim=1)
+        return self.last(h.to(x.dtype))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_in_the_middle_of_a_model_is_not_taken_for_a_cut(seed: int) -> None:
+    """Differences of float64 in steps of 1e-6 would tell of rounding only."""
+    torch.manual_seed(seed)
+    inputs, targets = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    model = _PartlyFloat32(cut=False).eval()
+    index = ablate.ComponentIndex.from_model(model, ["linear_neuron"], include=["first"])
+    _, gradients = ablate.Engine(model, index).gate_gradients(torch.ones(4, 40), inputs, targets)
+    assert float(gradients.abs().min(dim=0).values.max()) > 0
+    with pytest.raises(ablate.NoGradientError, match="'first'"):
+        ablate.Engine(_PartlyFloat32(cut=True).eval(), index).gate_gradients(torch.ones(4, 40), inputs, targets)
