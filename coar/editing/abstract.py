@@ -26,7 +26,7 @@ from coar.editing.edits.operations import Operation
 from coar.editing.log import EditLog
 from coar.editing.request import TOKENS, Request
 from coar.editing.running import BATCH, memory_reported, run
-from coar.editing.settings import wrong_types
+from coar.editing.settings import problems_of
 from coar.editing.where.defaults import last_layer
 from coar.errors import EditError, EditMismatchError
 
@@ -55,7 +55,8 @@ class Editor(ABC):
     """One editing method with its settings; `edit` returns an Edit and changes nothing. A frozen dataclass.
 
     Subclass it as `@dataclass(frozen=True, kw_only=True)`, set the class variables, implement `find`, and list it in
-    `coar/editing/registry.py`.
+    `coar/editing/registry.py`. What a setting takes is in its annotation (`coar/editing/settings.py` has the usual
+    ones), what it means under `Attributes`: both are checked and shown from there.
 
     Attributes:
       seed: Of everything that is drawn at random.
@@ -71,12 +72,12 @@ class Editor(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = wrong_types(self) or self._problems()
+        problems = problems_of(self, self._problems)
         if problems:
             raise EditError(f"These settings cannot work: {'; '.join(problems)}.")
 
     def _problems(self) -> list[str]:
-        """Returns what is wrong with the settings, whose types are right, in words; or raises EditError."""
+        """Returns what is wrong between the settings, each of its type, in words; or raises EditError."""
         return []
 
     @abstractmethod

@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from ablate.errors import nearest
 from coar.editing.abstract import Editor
+from coar.editing.settings import adapters, expected
 from coar.errors import EditError
 
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+NOTHING = ("none", "null")
 SECTION = re.compile(r"^(Attributes|Args):$", re.MULTILINE)
 COST = re.compile(r"^Cost(?::? )(?=\S)")
 ENTRY = re.compile(r"^ {2}(\w+(?:, \w+)*): (.*)$")
@@ -68,8 +72,8 @@ def explain(editor: type[Editor]) -> Explanation:
         meanings = {**entries, **meanings}
     by_name = {setting.name: setting for setting in fields(editor)}
     settings = tuple(
-        SettingHelp(name, _takes(hint), _default(by_name[name]), meanings.get(name, ""))
-        for name, hint in _hints(editor).items()
+        SettingHelp(name, expected(known, as_text=True), _default(by_name[name]), meanings.get(name, ""))
+        for name, known in _settings(editor).items()
     )
     costs = (text for paragraphs, _ in docstrings for text in paragraphs if COST.match(text))
     cost = COST.sub("", next(costs, ""))  # a method that only has other defaults costs what its base does
@@ -83,7 +87,7 @@ def parse_settings(editor: type[Editor], given: Sequence[str]) -> dict[str, Any]
     Raises:
       EditError: With every problem: a text without =, an unknown or repeated name, a value of another type.
     """
-    hints = _hints(editor)
+    known = _settings(editor)
     values: dict[str, Any] = {}
     problems = []
     for text in given:
@@ -93,13 +97,13 @@ def parse_settings(editor: type[Editor], given: Sequence[str]) -> dict[str, Any]
             problems.append(f"{text}: expected name=value, e.g. {_an_example(editor)}.")
         elif name in values:
             problems.append(f"{name}: given twice.")
-        elif name not in hints:
-            problems.append(_unknown(name, hints))
+        elif name not in known:
+            problems.append(_unknown(name, known))
         else:
             try:
-                values[name] = _parsed(value.strip(), hints[name])
+                values[name] = _read(value.strip(), known[name])
             except ValueError:
-                problems.append(f"{name}: got {value.strip()!r}, expected {_takes(hints[name])}.")
+                problems.append(f"{name}: got {value.strip()!r}, expected {expected(known[name], as_text=True)}.")
     _refuse(editor, problems)
     return values
 
@@ -110,27 +114,25 @@ def check_settings(editor: type[Editor], given: Mapping[str, Any]) -> dict[str, 
     Raises:
       EditError: With every problem: an unknown name, a value of another type.
     """
-    hints = _hints(editor)
+    known = _settings(editor)
     values: dict[str, Any] = {}
     problems = []
     for name, value in given.items():
-        if name not in hints:
-            problems.append(_unknown(name, hints))
+        if name not in known:
+            problems.append(_unknown(name, known))
             continue
         try:
             # TOML has no null: there, too, the word none stands for it
-            values[name] = _parsed(value, hints[name]) if isinstance(value, str) else _checked(value, hints[name])
+            values[name] = _read(value if isinstance(value, str) else to_json(value), known[name])
         except ValueError:
-            problems.append(f"{name}: got {value!r}, expected {_takes(hints[name])}.")
+            problems.append(f"{name}: got {value!r}, expected {expected(known[name], as_text=True)}.")
     _refuse(editor, problems)
     return values
 
 
-def _hints(editor: type[Editor]) -> dict[str, Any]:
-    """Returns setting -> its type, the seed, which every method has, last."""
-    hints = get_type_hints(editor)
-    own = sorted((s.name for s in fields(editor) if s.init), key=lambda name: name == "seed")
-    return {name: hints[name] for name in own}
+def _settings(editor: type[Editor]) -> dict[str, TypeAdapter[Any]]:
+    """Returns setting -> what reads it, the seed, which every method has, last."""
+    return dict(sorted(adapters(editor).items(), key=lambda item: item[0] == "seed"))
 
 
 def _refuse(editor: type[Editor], problems: Sequence[str]) -> None:
@@ -144,100 +146,28 @@ def _unknown(name: str, known: Mapping[str, Any]) -> str:
 
 
 def _an_example(editor: type[Editor]) -> str:
-    setting = next(iter(_hints(editor)))
+    setting = next(iter(_settings(editor)))
     return f"{setting}={_text(getattr(editor, setting, 0))}"
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """Returns what a value may be, one by one: the members of a union, itself otherwise."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return get_args(hint)
-    return (hint,)
+def _read(text: str | bytes, setting: TypeAdapter[Any]) -> Any:
+    """Returns the value that a text stands for; raises ValueError. A text is a text only if it is nothing else.
 
-
-def _parsed(text: str, hint: Any) -> Any:
-    """Returns the value that a text stands for; raises ValueError. A text is a text only if it is nothing else."""
-    for choice in sorted(_choices(hint), key=lambda choice: (choice is str) - (choice is types.NoneType)):
-        try:
-            return _parsed_as(text, choice)
-        except ValueError:
-            continue
+    JSON (bytes are nothing else), or as people type: `none`, `yes`, words without quotes, a list without brackets.
+    """
+    if isinstance(text, bytes):
+        return setting.validate_json(text, strict=True)
+    ways: list[Callable[[], Any]] = [lambda: setting.validate_json(text, strict=True)]
+    if text.lower() in NOTHING:
+        ways.append(lambda: setting.validate_python(None))
+    ways += [
+        lambda: setting.validate_python(text),
+        lambda: setting.validate_python([word.strip() for word in text.strip("[]() ").split(",") if word.strip()]),
+    ]
+    for way in ways:
+        with suppress(ValidationError):
+            return way()
     raise ValueError(text)
-
-
-def _parsed_as(text: str, kind: Any) -> Any:
-    origin = get_origin(kind)
-    if kind is types.NoneType and text.lower() in ("none", "null"):
-        return None
-    if origin is Literal:
-        found = [choice for choice in get_args(kind) if str(choice) == text]
-        if found:
-            return found[0]
-    elif kind is bool and text.lower() in TRUE + FALSE:
-        return text.lower() in TRUE
-    elif kind in (int, float):
-        return kind(text)
-    elif origin in (tuple, list, Sequence):
-        words = text.strip("[]() ")
-        item = get_args(kind)[0]
-        return tuple(_parsed(word.strip(), item) for word in words.split(",") if word.strip())
-    elif _is_table(kind):
-        found_table = json.loads(text)
-        if isinstance(found_table, dict):
-            return found_table
-    elif kind in (str, Any):
-        return text
-    raise ValueError(text)
-
-
-def _checked(value: Any, hint: Any) -> Any:
-    """Returns a value that a file has, with lists as tuples; raises ValueError if it is of another type."""
-    for choice in _choices(hint):
-        origin = get_origin(choice)
-        if origin is Literal and any(value == known and type(value) is type(known) for known in get_args(choice)):
-            return value
-        if choice is bool and isinstance(value, bool):
-            return value
-        if choice is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if choice is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if origin in (tuple, list, Sequence) and isinstance(value, (list, tuple)):
-            return tuple(_checked(item, get_args(choice)[0]) for item in value)
-        if _is_table(choice) and isinstance(value, Mapping):
-            return dict(value)
-    raise ValueError(value)
-
-
-def _is_table(kind: Any) -> bool:
-    origin = get_origin(kind) or kind
-    return isinstance(origin, type) and issubclass(origin, Mapping)
-
-
-def _takes(hint: Any) -> str:
-    """Returns in words what values a type has."""
-    words = []
-    for choice in _choices(hint):
-        origin = get_origin(choice)
-        if origin is Literal:
-            words += [str(known) for known in get_args(choice)]
-        elif choice in NAMES:
-            words.append(NAMES[choice])
-        elif origin in (tuple, list, Sequence):
-            words.append(f"a list of {PLURALS.get(get_args(choice)[0], 'values')}")
-        elif _is_table(choice):
-            words.append("a table as JSON")
-    return " or ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    types.NoneType: "none",
-}
-PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def _default(setting: Field[Any]) -> str:

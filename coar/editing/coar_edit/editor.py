@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ablate import ComponentIndex, Engine, Examples, Selection, model_hash
@@ -16,13 +17,14 @@ from coar.attributions.attributions import Attributions, open_attributions
 from coar.attributions.same_subject import listed, model_differences
 from coar.editing.abstract import Editor, Found
 from coar.editing.coar_edit.ranking import NO_VARIANCE, Direction, Ranking, rank_components, rank_weights
-from coar.editing.coar_edit.size import CRITERIA, Criterion, SizeChoice, SizeRule, choose_size, size_for_target
+from coar.editing.coar_edit.size import Criterion, SizeChoice, SizeRule, choose_size, size_for_target
 from coar.editing.edits.operations import Ablate
 from coar.editing.given import as_positions
 from coar.editing.judging.benchmark_sets import content_hashes
 from coar.editing.log import EditLog
 from coar.editing.request import Request
 from coar.editing.running import BATCH
+from coar.editing.settings import Count, PercentagePoints
 from coar.errors import EditError, EditMismatchError
 from coar.estimators.estimate import estimate
 from coar.metrics.admission import CAP
@@ -70,22 +72,22 @@ class COAREditor(Editor):
     exact_in_half: ClassVar[bool] = True
     quick: ClassVar[Mapping[str, Any]] = {"k": 2, "passes": 4, "reference_size": 8}
 
-    k: int | None = None
+    k: Count | None = None
     choose: Literal["validation", "target"] = "validation"
     direction: Direction = "raise"
     criterion: Criterion = "accuracy"
-    cap: float | None = CAP
-    most: int = 200
-    every: int = 1
-    patience: int = 20
+    cap: PercentagePoints | None = CAP
+    most: Count = 200
+    every: Count = 1
+    patience: Count = 20
     attributions: str | Attributions | None = None
     target: tuple[int, ...] | None = None
     reference: tuple[int, ...] | None = None
-    reference_size: int = 50
-    passes: int = 100
-    ablate_fraction: float = 0.05
+    reference_size: Count = 50
+    passes: Annotated[int, Field(ge=2)] = 100
+    ablate_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     ddof: Literal[0, 1] = 0
-    batch_size: int = BATCH
+    batch_size: Count = BATCH
 
     def __post_init__(self) -> None:
         for name in ("target", "reference"):
@@ -95,27 +97,6 @@ class COAREditor(Editor):
 
     def _problems(self) -> list[str]:
         problems = []
-        for name, known in (
-            ("choose", ("validation", "target")),
-            ("direction", ("raise", "lower")),
-            ("criterion", CRITERIA),
-            ("ddof", (0, 1)),
-        ):
-            if getattr(self, name) not in known:
-                expected = " or ".join(map(repr, known))
-                problems.append(f"{name} is {getattr(self, name)!r}, expected {expected}")
-        least = {"most": 1, "every": 1, "patience": 1, "reference_size": 1, "passes": 2, "batch_size": 1}
-        if self.k is not None:
-            least["k"] = 1
-        problems += [
-            f"{name} is {getattr(self, name)}, expected at least {n}"
-            for name, n in least.items()
-            if getattr(self, name) < n
-        ]
-        if self.cap is not None and not 0 <= self.cap <= 100:
-            problems.append(f"cap is {self.cap}, expected 0 to 100 percentage points, or None")
-        if not 0 < self.ablate_fraction <= 0.5:
-            problems.append(f"ablate_fraction is {self.ablate_fraction}, expected more than 0, at most 0.5")
         if self.attributions is not None and self.target is None:
             problems.append("attributions are given without target: say at which positions the inputs are in them")
         given = [name for name in ("target", "reference") if getattr(self, name) is not None]

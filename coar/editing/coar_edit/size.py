@@ -17,7 +17,6 @@ from coar.errors import EditError
 from coar.metrics import Accuracy, Setting, choose_setting, group_accuracy, is_admissible
 
 Criterion = Literal["accuracy", "margin", "worst_group"]
-CRITERIA = ("accuracy", "margin", "worst_group")
 NO_CAP = 100.0  # percentage points: any drop is admissible
 
 Margins = npt.NDArray[np.floating]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ablate import Selection
@@ -18,9 +19,12 @@ from coar.editing.masks.layout import MaskLayout
 from coar.editing.masks.masked import MaskedEditor
 from coar.editing.masks.meta_training import Training
 from coar.editing.masks.network import MaskHypernetwork
-from coar.editing.masks.settings import MetaSettings
+from coar.editing.masks.settings import MetaSettings, Preset
 from coar.editing.request import Request
+from coar.editing.settings import Count
 from coar.errors import EditError
+
+TRAINING = 'settings of MetaSettings by name, e.g. {"width": 16}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +63,13 @@ class HypernetworkMask(MaskedEditor):
 
     threshold: float | None = None
     hypernetwork: str | None = None
-    preset: Literal["paper", "code"] = "code"
+    preset: Preset = "code"
     iterations: int | None = None
     batch: int | None = None
     blocks: int | None = None
-    training: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    training: Annotated[Mapping[str, Any], Field(description=TRAINING)] = field(default_factory=dict, hash=False)
 
     def _problems(self) -> list[str]:
-        training: object = self.training
-        if not isinstance(training, Mapping):
-            return [f"training is {training!r}, expected settings of MetaSettings by name: {{'width': 16}}"]
         problems = super()._problems()
         self.meta_settings()
         return problems
@@ -155,11 +156,7 @@ class MeanMask(HypernetworkMask):
     title: ClassVar[str] = "Mean mask (control)"
     needs: ClassVar[tuple[str, ...]] = ("labels", "reference")
 
-    images: int = 256
-
-    def _problems(self) -> list[str]:
-        low = [] if self.images >= 1 else [f"images is {self.images}, expected at least 1"]
-        return super()._problems() + low
+    images: Count = 256
 
     def mask(self, network: MaskHypernetwork, model: nn.Module, request: Request) -> Tensor:
         """Returns the mean mask over the reference images, (bits,)."""

@@ -16,6 +16,7 @@ from coar.editing.masks.binarise import check_choice
 from coar.editing.masks.layout import MaskLayout
 from coar.editing.methods.finetune import FineTuning
 from coar.editing.request import Request
+from coar.editing.settings import Count, FromZero, Positive
 from coar.editing.where.defaults import last_feed_forward_blocks
 
 
@@ -32,13 +33,12 @@ class MaskedEditor(Editor):
     """
 
     density: float | None = 0.05
-    rate: float = 2e-5
-    steps: int = 100
-    stop_loss: float | None = 0.01
+    rate: Positive = 2e-5
+    steps: Count = 100
+    stop_loss: FromZero | None = 0.01
 
     def _problems(self) -> list[str]:
         check_choice(self.density, self.limit)
-        self._tuning()
         return []
 
     @property

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from coar.editing.settings import wrong_types
+from pydantic import Field
+
+from coar.editing.settings import Count, CountFromZero, FromZero, Positive, problems_of
 from coar.errors import EditError
 
 Preset = Literal["paper", "code"]
+SHARE = "a share of the area"  # 1: no crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,46 +56,45 @@ class MetaSettings:
       seed: Of everything drawn.
     """
 
-    iterations: int = 10_000
-    batch: int = 8
-    rate: float = 1e-4
-    cosine_period: int | None = 20_000
-    inner_steps: int = 5
-    inner_rate: float = 1e-3
-    temperature: float = 5.0
-    sparsity: float = 1.0
+    iterations: Count = 10_000
+    batch: Count = 8
+    rate: Positive = 1e-4
+    cosine_period: Count | None = 20_000
+    inner_steps: Count = 5
+    inner_rate: Positive = 1e-3
+    temperature: Positive = 5.0
+    sparsity: FromZero = 1.0
     sparsity_norm: Literal["mean", "sum"] = "mean"
     decoupled: bool = True
-    free_steps: int = 10
-    free_rate: float = 0.1
+    free_steps: Count = 10
+    free_rate: Positive = 0.1
     free_optimizer: Literal["rmsprop", "adam"] = "rmsprop"
-    free_slope: float = 10.0
-    label_slope: float = 3.0
-    slope: float = 3.0
+    free_slope: Positive = 10.0
+    label_slope: Positive = 3.0
+    slope: Positive = 3.0
     divergence: Literal["forward", "reverse"] = "forward"
-    regression_steps: int = 4
-    regression_weight: float = 0.1
-    blocks: int = 3
-    attention_heads: int | None = 6
-    ffn_ratio: float | None = 1.0
+    regression_steps: Count = 4
+    regression_weight: Positive = 0.1
+    blocks: Count = 3
+    attention_heads: Count | None = 6
+    ffn_ratio: Positive | None = 1.0
     shared_head: bool = False
-    width: int | None = None
+    width: Count | None = None
     feature_site: str | None = None
     patch_smallest: float = 3 / 14
     patch_largest: float = 8 / 14
     alignment: Literal["auto", "patches", "pixels"] = "auto"
     reach_edge: bool = False
-    crop_smallest: float = 0.25
-    at_once: int = 8
-    save_every: int = 500
-    seed: int = 0
+    crop_smallest: Annotated[float, Field(gt=0, le=1, description=SHARE)] = 0.25
+    at_once: Count = 8
+    save_every: Count = 500
+    seed: CountFromZero = 0
 
     def __post_init__(self) -> None:
-        wrong = [f"{problem}." for problem in wrong_types(self)]
-        problems = wrong or [*self._numbers(), *self._words()]
+        problems = problems_of(self, self._between)
         if problems:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-            listing = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
+            listing = "\n".join(f"  {i}. {problem}." for i, problem in enumerate(problems, 1))
             raise EditError(f"The settings of the hypernetwork's training: {count}\n{listing}")
 
     @classmethod
@@ -118,45 +120,16 @@ class MetaSettings:
         """Returns all settings, JSON-able."""
         return asdict(self)
 
-    def _numbers(self) -> list[str]:
-        whole = ("iterations", "batch", "inner_steps", "free_steps", "regression_steps", "blocks", "at_once")
-        positive = ("rate", "inner_rate", "temperature", "free_rate", "free_slope", "label_slope", "slope")
-        maybe = ("width", "attention_heads", "cosine_period")
-        found = [f"{name} is {getattr(self, name)!r}, expected an integer from 1." for name in (*whole, "save_every")
-                 if not _is_whole(getattr(self, name))]  # fmt: skip
-        found += [f"{name} is {getattr(self, name)!r}, expected None or an integer from 1." for name in maybe
-                  if getattr(self, name) is not None and not _is_whole(getattr(self, name))]  # fmt: skip
-        found += [f"{name} is {getattr(self, name)!r}, expected a number above 0." for name in
-                  (*positive, "regression_weight") if not _is_positive(getattr(self, name))]  # fmt: skip
-        if not (_is_positive(self.sparsity) or self.sparsity == 0):
-            found.append(f"sparsity is {self.sparsity!r}, expected a number from 0.")
-        if self.ffn_ratio is not None and not _is_positive(self.ffn_ratio):
-            found.append(f"ffn_ratio is {self.ffn_ratio!r}, expected None or a number above 0.")
+    def _between(self) -> list[str]:
+        found = []
         if not 0 < self.patch_smallest <= self.patch_largest < 1:
             found.append(
                 f"patch_smallest and patch_largest are {self.patch_smallest:g} and {self.patch_largest:g}, expected "
-                "shares of the image's side: above 0, below 1, the smallest first."
+                "shares of the image's side: above 0, below 1, the smallest first"
             )
-        if not 0 < self.crop_smallest <= 1:
-            found.append(f"crop_smallest is {self.crop_smallest!r}, expected a share of the area, up to 1: no crop.")
-        if self.cosine_period is not None and _is_whole(self.cosine_period) and self.cosine_period < self.iterations:
-            found.append(f"cosine_period is {self.cosine_period}, below the {self.iterations} iterations.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            found.append(f"seed is {self.seed!r}, expected an integer from 0.")
+        if self.cosine_period is not None and 1 <= self.cosine_period < self.iterations:
+            found.append(f"cosine_period is {self.cosine_period}, below the {self.iterations} iterations")
         return found
-
-    def _words(self) -> list[str]:
-        words = {
-            "sparsity_norm": ("mean", "sum"),
-            "free_optimizer": ("rmsprop", "adam"),
-            "divergence": ("forward", "reverse"),
-            "alignment": ("auto", "patches", "pixels"),
-        }
-        return [
-            f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}."
-            for name, known in words.items()
-            if getattr(self, name) not in known
-        ]
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -177,11 +150,3 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "crop_smallest": 1.0,
     },
 }
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

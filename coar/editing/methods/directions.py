@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from coar.editing.methods.second_moment import FLOOR, SecondMoment
 from coar.errors import EditError
 
-DIRECTIONS = ("whitened", "raw_eig")
+DirectionsBy = Literal["whitened", "raw_eig"]
 ORTHONORMAL = 1e-5  # how far D Dᵀ may be from the identity
 HELD = 2**24  # numbers of keys that are kept
 DEPENDENT = 1e-6  # singular values below this part of the largest are rounding
@@ -22,7 +22,7 @@ def key_directions(
     weights: Tensor,
     moment: SecondMoment,
     rank: int,
-    how: Literal["whitened", "raw_eig"] = "whitened",
+    how: DirectionsBy = "whitened",
     floor: float = FLOOR,
 ) -> tuple[Tensor, int]:
     """Returns directions D (rank, channels), orthonormal rows, float64 on the CPU; and how many eigenvalues of C were
@@ -74,9 +74,7 @@ class ConceptKeys:
         if sum(part.numel() for part in self._keys) > self._held:
             self._replace()
 
-    def directions(
-        self, moment: SecondMoment, rank: int, how: Literal["whitened", "raw_eig"], floor: float
-    ) -> tuple[Tensor, int]:
+    def directions(self, moment: SecondMoment, rank: int, how: DirectionsBy, floor: float) -> tuple[Tensor, int]:
         """Returns what `key_directions` does."""
         if not self.count:
             raise EditError(

@@ -8,7 +8,6 @@ al., Robustness of edited neural networks (2023), Appendices B.2 and D.3.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,7 +20,16 @@ from coar.editing.abstract import Editor, Found
 from coar.editing.log import EditLog
 from coar.editing.request import Request
 from coar.editing.running import BATCH
-from coar.editing.training.descent import Descent, descend, descent_problems
+from coar.editing.settings import Count, CountFromZero, FromZero, Positive
+from coar.editing.training.descent import (
+    Clip,
+    Descent,
+    FirstStep,
+    OptimizerName,
+    PenaltyName,
+    descend,
+    descent_problems,
+)
 from coar.editing.training.early_stopping import BestWeights
 from coar.editing.training.labels import LabelLoss, contradiction
 from coar.editing.training.schedules import warm_up_cosine
@@ -30,8 +38,7 @@ from coar.editing.where.defaults import last_feed_forward_blocks, last_layer
 from coar.errors import EditError
 
 ScopeName = Literal["selection", "local", "global", "encoder"]
-SCOPES = ("selection", "local", "global", "encoder")
-SCHEDULES = ("constant", "warm-up-cosine")
+ScheduleName = Literal["constant", "warm-up-cosine"]
 
 # Santurkar et al., A.4.2: (rate, steps). Their Table 2 has 400 steps, which is not among these.
 SANTURKAR_GRID = ((1e-2, 500), (1e-3, 500), (1e-4, 500), (1e-5, 800), (1e-6, 800))
@@ -94,25 +101,25 @@ class FineTuning(Editor):
     quick: ClassVar[Mapping[str, Any]] = {"rate": 1e-3, "steps": 20}
 
     scope: ScopeName = "selection"
-    optimizer: Literal["rmsprop", "sgd", "adam", "adamw"] = "rmsprop"
-    rate: float = 2e-5
-    steps: int = 100
-    epochs: int | None = None
-    batch_size: int | None = None
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    optimizer: OptimizerName = "rmsprop"
+    rate: Positive = 2e-5
+    steps: Count = 100
+    epochs: Count | None = None
+    batch_size: Count | None = None
+    momentum: FromZero = 0.0
+    weight_decay: FromZero = 0.0
     decay_names: str = ""
-    penalty: Literal["none", "l1", "l2"] = "none"
-    penalty_weight: float = 0.0
-    clip: float | None = None
-    schedule: Literal["constant", "warm-up-cosine"] = "constant"
-    warm_up: int = 0
-    first_step: Literal["same", "sgd"] = "same"
-    stop_loss: float | None = 0.01
+    penalty: PenaltyName = "none"
+    penalty_weight: FromZero = 0.0
+    clip: Clip | None = None
+    schedule: ScheduleName = "constant"
+    warm_up: CountFromZero = 0
+    first_step: FirstStep = "same"
+    stop_loss: FromZero | None = 0.01
     one_label: bool = False
     early_stopping: bool = False
-    patience: int = 50
-    at_once: int = BATCH
+    patience: Count = 50
+    at_once: Count = BATCH
 
     @property
     def room(self) -> tuple[str, int]:
@@ -123,19 +130,8 @@ class FineTuning(Editor):
 
     def _problems(self) -> list[str]:
         problems = descent_problems(self)
-        for name, choices in (("scope", SCOPES), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in choices:
-                problems.append(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
-        for name in ("epochs", "batch_size", "patience", "at_once"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name} is {value}, expected at least 1")
-        if self.warm_up < 0:
-            problems.append(f"warm_up is {self.warm_up}, expected 0 or more steps")
         if self.warm_up and self.schedule == "constant":
             problems.append("warm_up belongs to schedule='warm-up-cosine', the schedule is 'constant'")
-        if self.stop_loss is not None and not (self.stop_loss >= 0 and math.isfinite(self.stop_loss)):
-            problems.append(f"stop_loss is {self.stop_loss}, expected 0 or more, or None")
         if self.penalty == "none" and self.penalty_weight:
             problems.append(f"penalty_weight is {self.penalty_weight} without a penalty: pass penalty='l1' or 'l2'")
         return problems

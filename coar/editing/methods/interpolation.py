@@ -20,16 +20,17 @@ from coar.editing.abstract import Found
 from coar.editing.edits.edit import Edit
 from coar.editing.given import ExamplesLike, named_sets
 from coar.editing.log import EditLog
-from coar.editing.methods.finetune import FineTuning, ScopeName
+from coar.editing.methods.finetune import FineTuning, ScheduleName, ScopeName
 from coar.editing.predicting import predictions
 from coar.editing.request import Request
 from coar.editing.running import BATCH
+from coar.editing.settings import Count, CountFromZero, FromZero, PercentagePoints, Positive
+from coar.editing.training.descent import Clip, OptimizerName
 from coar.editing.where.defaults import last_layer
 from coar.errors import EditError
 from coar.metrics import Accuracy, InterpolationCurve, accuracy
 
 ALPHAS = tuple(step / 10 for step in range(11))
-RULES = ("mean", "cap", "none")
 
 
 def interpolation_curve(
@@ -106,17 +107,17 @@ class InterpolatedFineTuning(FineTuning):
         "cap": 100.0,
     }
 
-    optimizer: Literal["rmsprop", "sgd", "adam", "adamw"] = "adamw"
-    rate: float = 1e-5
-    epochs: int | None = 10
-    batch_size: int | None = 128
-    weight_decay: float = 0.1
-    clip: float | None = 1.0
-    schedule: Literal["constant", "warm-up-cosine"] = "warm-up-cosine"
-    warm_up: int = 500
-    stop_loss: float | None = None
+    optimizer: OptimizerName = "adamw"
+    rate: Positive = 1e-5
+    epochs: Count | None = 10
+    batch_size: Count | None = 128
+    weight_decay: FromZero = 0.1
+    clip: Clip | None = 1.0
+    schedule: ScheduleName = "warm-up-cosine"
+    warm_up: CountFromZero = 500
+    stop_loss: FromZero | None = None
     rule: Literal["mean", "cap", "none"] = "mean"
-    cap: float = 0.25
+    cap: PercentagePoints = 0.25
     alphas: tuple[float, ...] = ALPHAS
 
     def __post_init__(self) -> None:
@@ -125,10 +126,6 @@ class InterpolatedFineTuning(FineTuning):
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
-        if self.rule not in RULES:
-            problems.append(f"rule is {self.rule!r}, expected one of {', '.join(RULES)}")
-        if not 0 <= self.cap <= 100:
-            problems.append(f"cap is {self.cap}, expected percentage points from 0 to 100")
         rising = all(a < b for a, b in itertools.pairwise(self.alphas))
         if not self.alphas or self.alphas[0] != 0 or not rising or not self.alphas[-1] <= 1:
             problems.append(f"alphas are {tuple(self.alphas)}, expected rising numbers from 0 to at most 1")

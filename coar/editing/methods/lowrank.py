@@ -19,10 +19,11 @@ from ablate import Selection
 from coar.editing.abstract import Editor, Found
 from coar.editing.edits.operations import Factors, LowRank
 from coar.editing.log import DivergedError, EditLog
-from coar.editing.methods.pairs import Pairs
+from coar.editing.methods.pairs import Pairs, TargetName
 from coar.editing.request import Request
-from coar.editing.training.descent import Loss, descend, value_of
-from coar.editing.training.plain_descent import plain_descent, plain_problems
+from coar.editing.settings import Count, FromZero, Positive
+from coar.editing.training.descent import Loss, OptimizerName, descend, descent_problems, value_of
+from coar.editing.training.plain_descent import plain_descent
 from coar.editing.where.layer import LayerPlace, Taps, place_of
 from coar.errors import EditError
 
@@ -59,27 +60,21 @@ class DirectLowRank(Editor):
     needs: ClassVar[tuple[str, ...]] = ("originals",)
     quick: ClassVar[Mapping[str, Any]] = {"rate": 1e-2, "steps": 30, "restarts": 2}
 
-    rate: float = 1e-2
-    steps: int = 500
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    rank: int = 1
-    restarts: int = 10
+    rate: Positive = 1e-2
+    steps: Count = 500
+    optimizer: OptimizerName = "sgd"
+    momentum: FromZero = 0.9
+    weight_decay: FromZero = 0.0
+    rank: Count = 1
+    restarts: Count = 10
     init: Literal["zero", "both"] = "zero"
-    target: Literal["original", "symmetric"] = "original"
+    target: TargetName = "original"
     normalize: bool = False
     around: str | None = None
-    batch_size: int = 64
+    batch_size: Count = 64
 
     def _problems(self) -> list[str]:
-        problems = []
-        for name, known in (("init", ("zero", "both")), ("target", ("original", "symmetric"))):
-            if getattr(self, name) not in known:
-                problems.append(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        low = [name for name in ("rank", "restarts", "batch_size") if getattr(self, name) < 1]
-        problems += [f"{name} is {getattr(self, name)}, expected at least 1" for name in low]
-        return problems + plain_problems(self)
+        return descent_problems(self)
 
     def find(self, model: nn.Module, selection: Selection, request: Request, log: EditLog) -> Found:
         """Returns the change U Vᵀ at the centre of the kernel, of the best start."""

@@ -5,7 +5,6 @@ Source: Brown et al., Robustness of edited neural networks (2023), Section 2 and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,18 +15,16 @@ from torch import Tensor, nn
 from ablate import Selection
 from coar.editing.abstract import Editor, Found
 from coar.editing.log import EditLog
-from coar.editing.methods.pairs import Pairs, ThroughoutPairs
+from coar.editing.methods.pairs import Pairs, TargetName, ThroughoutPairs
 from coar.editing.request import Request
 from coar.editing.running import BATCH
-from coar.editing.training.descent import Descent, descend, descent_problems, value_of
+from coar.editing.settings import Count, FromZero, Positive
+from coar.editing.training.descent import Clip, Descent, OptimizerName, descend, descent_problems, value_of
 from coar.editing.training.early_stopping import BestWeights
 from coar.editing.where import scopes
 from coar.editing.where.blocks import Block, find_block
 from coar.editing.where.defaults import one_layer
 from coar.errors import EditError
-
-SCOPES = ("local", "global")
-TARGETS = ("original", "symmetric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,34 +69,22 @@ class OutputCollision(Editor):
     quick: ClassVar[Mapping[str, Any]] = {"steps": 20}
 
     scope: Literal["local", "global"] = "local"
-    target: Literal["original", "symmetric"] = "original"
+    target: TargetName = "original"
     around: str | None = None
-    optimizer: Literal["rmsprop", "sgd", "adam", "adamw"] = "sgd"
-    rate: float = 1e-2
-    steps: int = 500
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    optimizer: OptimizerName = "sgd"
+    rate: Positive = 1e-2
+    steps: Count = 500
+    momentum: FromZero = 0.9
+    weight_decay: FromZero = 1e-4
     decay_names: str = "weight"
-    clip: float | None = None
-    stop_loss: float | None = 0.0
+    clip: Clip | None = None
+    stop_loss: FromZero | None = 0.0
     early_stopping: bool = False
-    patience: int = 50
-    batch_size: int = BATCH
-
-    penalty: ClassVar[Literal["none"]] = "none"
-    penalty_weight: ClassVar[float] = 0.0
-    first_step: ClassVar[Literal["same"]] = "same"
+    patience: Count = 50
+    batch_size: Count = BATCH
 
     def _problems(self) -> list[str]:
-        problems = descent_problems(self)
-        for name, choices in (("scope", SCOPES), ("target", TARGETS)):
-            if getattr(self, name) not in choices:
-                problems.append(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
-        if self.stop_loss is not None and not (self.stop_loss >= 0 and math.isfinite(self.stop_loss)):
-            problems.append(f"stop_loss is {self.stop_loss}, expected 0 or more, or None")
-        low = [name for name in ("patience", "batch_size") if getattr(self, name) < 1]
-        problems += [f"{name} is {getattr(self, name)}, expected at least 1" for name in low]
-        return problems
+        return descent_problems(self)
 
     def find(self, model: nn.Module, selection: Selection, request: Request, log: EditLog) -> Found:
         """Returns the change of weights that brings the values together."""
@@ -163,7 +148,7 @@ class _Distance:
       stop_loss: `done` once the distance is this or less; None: never.
     """
 
-    def __init__(self, pairs: Pairs | ThroughoutPairs, frozen: bool, batches: int, stop_loss: float | None) -> None:
+    def __init__(self, pairs: Pairs | ThroughoutPairs, frozen: bool, batches: int, stop_loss: FromZero | None) -> None:
         self._pairs, self._frozen, self._batches, self._stop_loss = pairs, frozen, batches, stop_loss
         self._pending: Tensor | None = None
 

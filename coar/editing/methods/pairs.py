@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from coar.editing.where.blocks import Block, Captured, capture, captured, run_block, run_until
 from coar.errors import EditError
 
+TargetName = Literal["original", "symmetric"]
 HELD = 256 * 2**20  # bytes of captured values that are kept; what exceeds them is computed again when it is needed
 
 

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ablate import Examples, Selection
 from coar.editing.abstract import Editor, Found
 from coar.editing.edits.operations import Delta, Factors, LowRank
 from coar.editing.log import EditLog
-from coar.editing.methods.directions import DIRECTIONS, ConceptKeys, along, coordinates, key_weights, pooled
+from coar.editing.methods.directions import ConceptKeys, DirectionsBy, along, coordinates, key_weights, pooled
 from coar.editing.methods.pairs import Pairs
 from coar.editing.methods.second_moment import FLOOR, second_moment
 from coar.editing.request import Request
-from coar.editing.training.descent import descend, value_of
-from coar.editing.training.plain_descent import plain_descent, plain_problems
+from coar.editing.settings import Count, CountFromZero, FromZero, Positive
+from coar.editing.training.descent import OptimizerName, descend, descent_problems, value_of
+from coar.editing.training.plain_descent import plain_descent
 from coar.editing.where.blocks import layer_keys
 from coar.editing.where.layer import LayerPlace, place_of
 from coar.errors import EditError
+
+LossName = Literal["l1", "mse"]
 
 GRID = ((1e-3, 10_000), (1e-4, 20_000), (1e-5, 40_000), (1e-6, 80_000), (1e-7, 80_000))  # (rate, steps), A.4.1
 
@@ -79,37 +83,27 @@ class Rewriting(Editor):
     needs: ClassVar[tuple[str, ...]] = ("originals", "reference")
     quick: ClassVar[Mapping[str, Any]] = {"rate": 1e-2, "steps": 30}
 
-    rate: float = 1e-4
-    steps: int = 20_000
-    optimizer: Literal["adam", "sgd", "adamw", "rmsprop"] = "adam"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    rank: int = 1
-    loss: Literal["l1", "mse"] = "l1"
+    rate: Positive = 1e-4
+    steps: Count = 20_000
+    optimizer: OptimizerName = "adam"
+    momentum: FromZero = 0.0
+    weight_decay: FromZero = 0.0
+    rank: Count = 1
+    loss: LossName = "l1"
     use_mask: bool = False
     restrict_rank: bool = True
-    project_every: int = 10
+    project_every: Count = 10
     taps: Literal["all", "center"] = "all"
-    direction: Literal["whitened", "raw_eig"] = "whitened"
+    direction: DirectionsBy = "whitened"
     center: bool = False
-    floor: float = FLOOR
+    floor: Annotated[float, Field(gt=0, lt=1)] = FLOOR
     cache: str | None = None
     around: str | None = None
-    prefix_tokens: int | None = None
-    batch_size: int = 64
+    prefix_tokens: CountFromZero | None = None
+    batch_size: Count = 64
 
     def _problems(self) -> list[str]:
-        problems = []
-        for name, known in (("loss", ("l1", "mse")), ("taps", ("all", "center")), ("direction", DIRECTIONS)):
-            if getattr(self, name) not in known:
-                problems.append(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        low = [name for name in ("rank", "project_every", "batch_size") if getattr(self, name) < 1]
-        problems += [f"{name} is {getattr(self, name)}, expected at least 1" for name in low]
-        if not 0 < self.floor < 1:
-            problems.append(f"floor is {self.floor}, expected more than 0 and less than 1")
-        if self.prefix_tokens is not None and self.prefix_tokens < 0:
-            problems.append(f"prefix_tokens is {self.prefix_tokens}, expected 0 or more")
-        return problems + plain_problems(self)
+        return descent_problems(self)
 
     def find(self, model: nn.Module, selection: Selection, request: Request, log: EditLog) -> Found:
         """Returns the change of the layer's weight: of low rank, unless restrict_rank is off."""
@@ -237,9 +231,7 @@ def _scarce(log: EditLog) -> str:
     return f"; or give more ordinary examples: {floored} of {channels} directions hardly occur in the keys of these"
 
 
-def rewriting_loss(
-    values: list[tuple[Tensor, Tensor]], where: Tensor | None, kind: Literal["l1", "mse"] = "l1"
-) -> Tensor:
+def rewriting_loss(values: list[tuple[Tensor, Tensor]], where: Tensor | None, kind: LossName = "l1") -> Tensor:
     """Returns the distance of values from their targets, over batches of pairs (value, target).
 
       l1: mean over all positions and channels of |sqrt(where) (target - value)|, divided by the number of examples once
@@ -251,7 +243,7 @@ def rewriting_loss(
 
 
 def rewriting_terms(
-    values: Iterable[tuple[Tensor, Tensor]], examples: int, where: Tensor | None, kind: Literal["l1", "mse"]
+    values: Iterable[tuple[Tensor, Tensor]], examples: int, where: Tensor | None, kind: LossName
 ) -> Iterator[Tensor]:
     """Yields what each batch of pairs adds to `rewriting_loss`, of so many examples in all."""
     start = 0

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from coar.editing.log import EditLog
 from coar.editing.running import is_out_of_memory
-from coar.editing.settings import wrong_types
+from coar.editing.settings import Count, FromZero, Positive, problems_of
 from coar.errors import EditError
 
 Loss = Callable[[], Tensor | Iterable[Tensor]]
 
-OPTIMIZERS = ("rmsprop", "sgd", "adam", "adamw")
-PENALTIES = ("none", "l1", "l2")
-FIRST_STEPS = ("same", "sgd")
+OptimizerName = Literal["rmsprop", "sgd", "adam", "adamw"]
+PenaltyName = Literal["none", "l1", "l2"]
+FirstStep = Literal["same", "sgd"]
+Clip = Annotated[float, Field(gt=0)]  # infinite: nothing is clipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,47 +41,33 @@ class Descent:
       schedule: Factor of the rate at each step, from 0; None: 1.
     """
 
-    optimizer: Literal["rmsprop", "sgd", "adam", "adamw"] = "rmsprop"
-    rate: float = 2e-5
-    steps: int = 100
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    optimizer: OptimizerName = "rmsprop"
+    rate: Positive = 2e-5
+    steps: Count = 100
+    momentum: FromZero = 0.0
+    weight_decay: FromZero = 0.0
     decay_names: str = ""
-    first_step: Literal["same", "sgd"] = "same"
-    penalty: Literal["none", "l1", "l2"] = "none"
-    penalty_weight: float = 0.0
-    clip: float | None = None
+    first_step: FirstStep = "same"
+    penalty: PenaltyName = "none"
+    penalty_weight: FromZero = 0.0
+    clip: Clip | None = None
     schedule: Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
-        problems = wrong_types(self) or descent_problems(self)
+        problems = problems_of(self, lambda: descent_problems(self))
         if problems:
             raise EditError(f"These settings cannot work: {'; '.join(problems)}.")
 
 
 def descent_problems(settings: Any) -> list[str]:
-    """Returns what is wrong with settings, in words. Mutates nothing.
+    """Returns what is wrong between the settings of a descent, in words. Mutates nothing.
 
     Args:
-      settings: Any object with the fields of a Descent but `schedule`, of the right types.
+      settings: Any object with the fields `optimizer` and `momentum`.
     """
-    problems = []
-    for name, choices in (("optimizer", OPTIMIZERS), ("penalty", PENALTIES), ("first_step", FIRST_STEPS)):
-        if getattr(settings, name) not in choices:
-            problems.append(f"{name} is {getattr(settings, name)!r}, expected one of {', '.join(choices)}")
-    if not (settings.rate > 0 and math.isfinite(settings.rate)):
-        problems.append(f"rate is {settings.rate}, expected more than 0")
-    if settings.steps < 1:
-        problems.append(f"steps is {settings.steps}, expected at least 1")
-    for name in ("momentum", "weight_decay", "penalty_weight"):
-        value = getattr(settings, name)
-        if not (value >= 0 and math.isfinite(value)):
-            problems.append(f"{name} is {value}, expected 0 or more")
     if settings.momentum and settings.optimizer != "sgd":
-        problems.append(f"momentum belongs to sgd, the optimizer is {settings.optimizer!r}")
-    if settings.clip is not None and not settings.clip > 0:
-        problems.append(f"clip is {settings.clip}, expected more than 0")
-    return problems
+        return [f"momentum belongs to sgd, the optimizer is {settings.optimizer!r}"]
+    return []
 
 
 def descend(

@@ -173,7 +173,7 @@ def test_an_explanation(run_json: Callable[..., Any]) -> None:
     assert found["settings"][0] == {
         "setting": "k",
         "default": "none",
-        "takes": "a whole number or none",
+        "takes": "an integer from 1 or none",
         "meaning": "How many components to ablate; None: see `choose`.",
     }
 
@@ -224,9 +224,12 @@ def test_edit_info_of_earlier_formats_and_of_parts(run: Run, run_json: Callable[
         (
             ["--method", "finetune", "--set", "stepz=3", "--set", "rate=fast"],
             "error: Settings of method 'finetune':\n  stepz: no such setting. Did you mean 'steps'?\n"
-            "  rate: got 'fast', expected a number.\n",
+            "  rate: got 'fast', expected a number above 0.\n",
         ),
-        (["--method", "finetune", "--set", "steps=0"], "error: These settings cannot work: "),
+        (
+            ["--method", "finetune", "--set", "steps=0"],
+            "error: Settings of method 'finetune':\n  steps: got '0', expected an integer from 1.",
+        ),
         (["--method", "finetune", "--target-group", "low"], "error: No group 'low'."),
         (["--method", "finetune"], "error: The examples to change are missing: "),
         (

@@ -328,21 +328,22 @@ def test_an_ablated_filter_is_its_bias_after_batch_norm() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 0}, "These settings cannot work: k is 0, expected at least 1."),
+        ({"k": 0}, "These settings cannot work: k is 0, expected an integer from 1 or None."),
         (
             {"k": "3", "passes": 2.5},
-            "These settings cannot work: k is '3', expected an integer or None; passes is 2.5, expected an integer.",
+            "These settings cannot work: k is '3', expected an integer from 1 or None; passes is 2.5, expected an "
+            "integer from 2.",
         ),
         (
             {"choose": "eye", "direction": "up", "every": 0, "cap": -1.0},
-            "These settings cannot work: choose is 'eye', expected 'validation' or 'target'; direction is 'up', "
-            "expected 'raise' or 'lower'; every is 0, expected at least 1; cap is -1.0, expected 0 to 100 percentage "
-            "points, or None.",
+            "These settings cannot work: choose is 'eye', expected one of validation, target; direction is 'up', "
+            "expected one of raise, lower; cap is -1.0, expected percentage points from 0 to 100 or None; every is "
+            "0, expected an integer from 1.",
         ),
         (
             {"criterion": "best", "ddof": 2, "ablate_fraction": 0.7},
-            "These settings cannot work: criterion is 'best', expected 'accuracy' or 'margin' or 'worst_group'; ddof "
-            "is 2, expected 0 or 1; ablate_fraction is 0.7, expected more than 0, at most 0.5.",
+            "These settings cannot work: criterion is 'best', expected one of accuracy, margin, worst_group; "
+            "ablate_fraction is 0.7, expected a number above 0 to 0.5; ddof is 2, expected one of 0, 1.",
         ),
         (
             {"attributions": "a.zarr"},

@@ -106,11 +106,11 @@ def test_all_problems_of_texts_are_named() -> None:
         )
     assert str(refused.value) == (
         "Settings of method 'planted':\n"
-        "  whole: got '1.5', expected a whole number.\n"
+        "  whole: got '1.5', expected an integer.\n"
         "  share: got 'fast', expected a number.\n"
         "  flag: got 'perhaps', expected true or false.\n"
-        "  choice: got 'c', expected a, b or 2.\n"
-        "  maybe: got 'x', expected a whole number or none.\n"
+        "  choice: got 'c', expected one of a, b, 2.\n"
+        "  maybe: got 'x', expected an integer or none.\n"
         "  numbers: got '1,two', expected a list of numbers.\n"
         "  table: got '[1]', expected a table as JSON.\n"
         "  wholes: no such setting. Did you mean 'whole'?\n"
@@ -127,9 +127,9 @@ def test_values_of_a_file_are_checked() -> None:
         check_settings(Planted, {"whole": True, "flag": 1, "choice": 3, "numbers": ["x"], "tables": {}, "share": [1]})
     assert str(refused.value) == (
         "Settings of method 'planted':\n"
-        "  whole: got True, expected a whole number.\n"
+        "  whole: got True, expected an integer.\n"
         "  flag: got 1, expected true or false.\n"
-        "  choice: got 3, expected a, b or 2.\n"
+        "  choice: got 3, expected one of a, b, 2.\n"
         "  numbers: got ['x'], expected a list of numbers.\n"
         "  tables: no such setting. Did you mean 'table'?\n"
         "  share: got [1], expected a number."

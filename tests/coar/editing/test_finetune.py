@@ -335,12 +335,11 @@ def test_settings_that_cannot_work_are_all_named() -> None:
     with pytest.raises(coar.EditError) as refused:
         FineTuning(**wrong)
     assert str(refused.value) == (
-        "These settings cannot work: rate is 0.0, expected more than 0; scope is 'everything', expected one of "
-        "selection, local, global, encoder; schedule is 'linear', expected one of constant, warm-up-cosine; epochs is "
-        "0, expected at least 1; batch_size is 0, expected at least 1; patience is 0, expected at least 1; warm_up is "
-        "-1, expected 0 or more steps; stop_loss is -1.0, expected 0 or more, or None; penalty_weight is 0.1 without a "
-        "penalty: pass penalty='l1' or 'l2'"
-        "."
+        "These settings cannot work: scope is 'everything', expected one of selection, local, global, encoder; rate "
+        "is 0.0, expected a number above 0; epochs is 0, expected an integer from 1 or None; batch_size is 0, "
+        "expected an integer from 1 or None; schedule is 'linear', expected one of constant, warm-up-cosine; "
+        "warm_up is -1, expected an integer from 0; stop_loss is -1.0, expected a number from 0 or None; patience "
+        "is 0, expected an integer from 1; penalty_weight is 0.1 without a penalty: pass penalty='l1' or 'l2'."
     )
     with pytest.raises(coar.EditError, match="warm_up belongs to schedule='warm-up-cosine'"):
         FineTuning(warm_up=5)

@@ -272,7 +272,7 @@ def test_settings_that_cannot_work_are_all_named() -> None:
     with pytest.raises(coar.EditError) as refused:
         Paint(**wrong)
     assert str(refused.value) == (
-        "These settings cannot work: epochs is 0, expected at least 1; rule is 'best', expected one of mean, cap, "
-        "none; cap is -1.0, expected percentage points from 0 to 100; alphas are (0.5, 1.0), expected rising numbers "
-        "from 0 to at most 1."
+        "These settings cannot work: epochs is 0, expected an integer from 1 or None; rule is 'best', expected one "
+        "of mean, cap, none; cap is -1.0, expected percentage points from 0 to 100; alphas are (0.5, 1.0), expected "
+        "rising numbers from 0 to at most 1."
     )

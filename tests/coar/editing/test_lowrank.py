@@ -257,8 +257,8 @@ def test_what_cannot_work(randomise: Randomise) -> None:
     with pytest.raises(EditError) as settings:
         DirectLowRank(init="ones", target="other", rank=0, restarts=0)  # type: ignore[arg-type]
     assert str(settings.value) == (
-        "These settings cannot work: init is 'ones', expected one of zero, both; target is 'other', expected one of "
-        "original, symmetric; rank is 0, expected at least 1; restarts is 0, expected at least 1."
+        "These settings cannot work: rank is 0, expected an integer from 1; restarts is 0, expected an integer from "
+        "1; init is 'ones', expected one of zero, both; target is 'other', expected one of original, symmetric."
     )
     model, request = randomise(_vgg(), 9).eval(), _request()
     with pytest.raises(EditError) as rank:

@@ -295,19 +295,19 @@ def test_what_is_wrong_with_the_request_is_said(
         ),
         (
             {"training": 3},
-            "These settings cannot work: training is 3, expected settings of MetaSettings by name: {'width': 16}.",
+            'These settings cannot work: training is 3, expected settings of MetaSettings by name, e.g. {"width": 16}.',
         ),
         (
             {"training": {"rate": "0.1"}},
-            "The settings of the hypernetwork's training: 1 problem\n  1. rate is '0.1', expected a number.",
+            "The settings of the hypernetwork's training: 1 problem\n  1. rate is '0.1', expected a number above 0.",
         ),
         (
             {"threshold": 0.5},
             "A mask needs a density or a threshold, not both: both are given. Leave the other one None.",
         ),
         ({"density": 2.0}, "density is 2.0, expected a share above 0 and up to 1, e.g. 0.05."),
-        ({"rate": 0.0}, "These settings cannot work: rate is 0.0, expected more than 0."),
-        ({"stop_loss": -1.0}, "These settings cannot work: stop_loss is -1.0, expected 0 or more, or None."),
+        ({"rate": 0.0}, "These settings cannot work: rate is 0.0, expected a number above 0."),
+        ({"stop_loss": -1.0}, "These settings cannot work: stop_loss is -1.0, expected a number from 0 or None."),
         ({"preset": "mine"}, "preset is 'mine', expected one of code, paper."),
         (
             {"batch": 0},

@@ -39,12 +39,12 @@ def test_every_problem_is_named_at_once() -> None:
     message = (
         "The settings of the hypernetwork's training: 6 problems\n"
         "  1. batch is 0, expected an integer from 1.\n"
-        "  2. width is 0, expected None or an integer from 1.\n"
-        "  3. temperature is nan, expected a number above 0.\n"
-        "  4. sparsity is -1, expected a number from 0.\n"
-        "  5. patch_smallest and patch_largest are 0.5 and 0.25, expected shares of the image's side: above 0, below "
-        "1, the smallest first.\n"
-        "  6. free_optimizer is 'sgd', expected one of rmsprop, adam."
+        "  2. temperature is nan, expected a number above 0.\n"
+        "  3. sparsity is -1, expected a number from 0.\n"
+        "  4. free_optimizer is 'sgd', expected one of rmsprop, adam.\n"
+        "  5. width is 0, expected an integer from 1 or None.\n"
+        "  6. patch_smallest and patch_largest are 0.5 and 0.25, expected shares of the image's side: above 0, "
+        "below 1, the smallest first."
     )
     with pytest.raises(EditError, match=f"^{re.escape(message)}$"):
         MetaSettings(

@@ -195,8 +195,8 @@ def test_settings_that_cannot_work_are_all_named() -> None:
     with pytest.raises(coar.EditError) as refused:
         OutputCollision(**wrong)
     assert str(refused.value) == (
-        "These settings cannot work: rate is -1, expected more than 0; scope is 'forward', expected one of local, "
-        "global; target is 'mean', expected one of original, symmetric; stop_loss is -1.0, expected 0 or more, or "
-        "None; patience is 0, expected at least 1."
+        "These settings cannot work: scope is 'forward', expected one of local, global; target is 'mean', expected "
+        "one of original, symmetric; rate is -1, expected a number above 0; stop_loss is -1.0, expected a number "
+        "from 0 or None; patience is 0, expected an integer from 1."
     )
     assert [f.name for f in fields(OutputCollision) if f.name not in f"{OutputCollision.__doc__}seed"] == []

@@ -378,16 +378,17 @@ def test_settings() -> None:
             momentum=0.9,
         )
     assert str(refused.value) == (
-        "These settings cannot work: loss is 'l2', expected one of l1, mse; taps is 'edge', expected one of all, "
-        "center; direction is 'pca', expected one of whitened, raw_eig; rank is 0, expected at least 1; project_every "
-        "is 0, expected at least 1; floor is 2, expected more than 0 and less than 1; prefix_tokens is -1, expected 0 "
-        "or more; rate is 0, expected more than 0; momentum belongs to sgd, the optimizer is 'adam'."
+        "These settings cannot work: rate is 0, expected a number above 0; rank is 0, expected an integer from 1; "
+        "loss is 'l2', expected one of l1, mse; project_every is 0, expected an integer from 1; taps is 'edge', "
+        "expected one of all, center; direction is 'pca', expected one of whitened, raw_eig; floor is 2, expected a "
+        "number above 0 to below 1; prefix_tokens is -1, expected an integer from 0 or None; momentum belongs to "
+        "sgd, the optimizer is 'adam'."
     )
     with pytest.raises(EditError) as types:
         Rewriting(rank=1.5, use_mask=1, cache=3)  # type: ignore[arg-type]
     assert str(types.value) == (
-        "These settings cannot work: rank is 1.5, expected an integer; use_mask is 1, expected True or False; cache is "
-        "3, expected text or None."
+        "These settings cannot work: rank is 1.5, expected an integer from 1; use_mask is 1, expected True or "
+        "False; cache is 3, expected text or None."
     )
 
 

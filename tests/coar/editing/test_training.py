@@ -217,9 +217,9 @@ def test_settings_that_cannot_work_are_all_named() -> None:
     with pytest.raises(EditError) as refused:
         Descent(**wrong)
     assert str(refused.value) == (
-        "These settings cannot work: optimizer is 'adagrad', expected one of rmsprop, sgd, adam, adamw; penalty is "
-        "'l3', expected one of none, l1, l2; first_step is 'adam', expected one of same, sgd; rate is inf, expected "
-        "more than 0; steps is 0, expected at least 1; weight_decay is -1.0, expected 0 or more; penalty_weight is "
-        "nan, expected 0 or more; momentum belongs to sgd, the optimizer is 'adagrad'; clip is 0.0, expected more than "
-        "0."
+        "These settings cannot work: optimizer is 'adagrad', expected one of rmsprop, sgd, adam, adamw; rate is "
+        "inf, expected a number above 0; steps is 0, expected an integer from 1; weight_decay is -1.0, expected a "
+        "number from 0; first_step is 'adam', expected one of same, sgd; penalty is 'l3', expected one of none, l1, "
+        "l2; penalty_weight is nan, expected a number from 0; clip is 0.0, expected a number above 0 or None; "
+        "momentum belongs to sgd, the optimizer is 'adagrad'."
     )
