@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 
 import torch
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -32,7 +33,7 @@ from ablate.engine.checks import require_device
 from ablate.engine.engine import Engine
 from ablate.engine.gated_model import Speed
 from ablate.errors import SpecError
-from ablate.immutable import Immutable
+from ablate.immutable import FrozenDict, Immutable
 from ablate.index.components import ComponentIndex
 from ablate.index.flow import seen_with
 from ablate.loading.load import check_tokens, load_data, load_model
@@ -65,6 +66,7 @@ class SpeedSpec(BaseModel):
 
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+LOADED = ("model", "data", "output")  # what the model and the examples follow from
 
 
 def _one_or_several(value: Any) -> str:
@@ -93,7 +95,7 @@ class _Settings(BaseModel):
     block_rows: int = Field(default=64, ge=1)
     device: str = "auto"
     store: str | None = None
-    storage: dict[str, str | int | float | bool] = {}
+    storage: Annotated[dict[str, str | int | float | bool], AfterValidator(FrozenDict)] = FrozenDict()
     compact: bool = False
     components: ComponentsSpec = ComponentsSpec()
 
@@ -149,6 +151,22 @@ class _PythonSpec(_Settings):
     index: ComponentIndex | None = None
 
 
+def _checked(values: Mapping[str, Any], where: str, schema: type[_Settings]) -> _Settings:
+    """Returns a spec's values as its settings, or raises SpecError with everything that is wrong with them."""
+    problems: list[str] = []
+    settings: Any = None
+    try:
+        settings = schema.model_validate(values)
+    except ValidationError as error:
+        problems += explain(error, schema)
+    problems += [*check_names(values), *check_place(values)]
+    if values.get("index") is not None and "components" in values:
+        problems.append("components: given beside index. Give one of the two.")
+    if problems:
+        raise SpecError(where, problems)
+    return settings  # type: ignore[no-any-return]
+
+
 class CampaignSpec(Immutable):
     """A campaign: model, data, components, output, keep plan, and how to run it.
 
@@ -180,22 +198,9 @@ class CampaignSpec(Immutable):
     """
 
     def __init__(self, *, where: str = "CampaignSpec", **values: Any) -> None:
-        self._fill(values, where, _PythonSpec)
-
-    def _fill(self, values: Mapping[str, Any], where: str, schema: type[_Settings]) -> None:
-        problems: list[str] = []
-        settings: Any = None
-        try:
-            settings = schema.model_validate(values)
-        except ValidationError as error:
-            problems += explain(error, schema)
-        problems += [*check_names(values), *check_place(values)]
-        if values.get("index") is not None and "components" in values:
-            problems.append("components: given beside index. Give one of the two.")
-        if problems:
-            raise SpecError(where, problems)
-        self.settings: _Settings = settings
-        self._values: Any = settings
+        self.settings: _Settings = _checked(values, where, _PythonSpec)
+        self._values: Any = self.settings
+        self._where = where
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> CampaignSpec:
@@ -220,8 +225,7 @@ class CampaignSpec(Immutable):
     def from_dict(cls, values: Mapping[str, Any], where: str) -> CampaignSpec:
         """Returns the spec that `describe` gave, e.g. from a store's header; its model and data must be loadable."""
         spec = cls.__new__(cls)
-        spec._fill(values, where, _FileSpec)
-        return spec
+        return spec._holding(_checked(values, where, _FileSpec), where)
 
     def place(self, store: Location | None = None) -> Location | None:
         """Returns where the campaign is stored: at `store`, or where the spec says, with the spec's storage options.
@@ -236,13 +240,24 @@ class CampaignSpec(Immutable):
 
     def with_storage(self, storage: Mapping[str, str | int | float | bool]) -> CampaignSpec:
         """Returns the same campaign with these options of object storage before its own. Mutates nothing."""
-        return self._with(storage={**self.settings.storage, **storage})
+        return self.replace(storage={**self.settings.storage, **storage})
 
-    def _with(self, **settings: Any) -> Self:
-        """Returns the same spec, of its own class, with other settings."""
-        changed = copy.copy(self)
-        vars(changed)["settings"] = self.settings.model_copy(update=settings)
+    def replace(self, **values: Any) -> Self:
+        """Returns the same campaign but for these keywords; a model and data once loaded are kept. Mutates nothing.
+
+        Raises:
+          SpecError: With every problem of what comes out.
+        """
+        given = {name: getattr(self.settings, name) for name in self.settings.model_fields_set}
+        changed = copy.copy(self)._holding(_checked({**given, **values}, self._where, _PythonSpec), self._where)
+        if not values.keys().isdisjoint(LOADED):
+            vars(changed).pop("_loaded", None)
         return changed
+
+    def _holding(self, settings: _Settings, where: str) -> Self:
+        """Gives a spec that is being made its settings."""
+        vars(self).update(settings=settings, _values=settings, _where=where, _closed=True)
+        return self
 
     def load(self) -> tuple[nn.Module, Examples]:
         """Returns the model and the examples; loads them on the first call."""
@@ -340,6 +355,12 @@ class PlacedSpec(CampaignSpec):
 
     _given: CampaignSpec
 
+    def replace(self, **values: Any) -> Self:
+        """Returns the same campaign on the same device, but for these keywords. Mutates nothing."""
+        changed = super().replace(**values)
+        vars(changed)["_given"] = self._given.replace(**values)
+        return changed
+
     def describe(self) -> dict[str, Any]:
         """Returns the spec as it was given."""
         return self._given.describe()
@@ -351,5 +372,5 @@ def on_device(spec: CampaignSpec, device: str | None) -> CampaignSpec:
         return spec
     check_device_name(device)
     placed = PlacedSpec.__new__(PlacedSpec)
-    vars(placed).update({**vars(spec._with(device=device)), "_given": spec})
+    vars(placed).update({**vars(spec.replace(device=device)), "_given": spec})
     return placed

@@ -15,7 +15,7 @@ import pandas as pd
 from torch import nn
 
 from ablate.errors import ModelMismatchError, SelectionError, nearest
-from ablate.immutable import Immutable
+from ablate.immutable import FrozenDict, Immutable, read_only
 from ablate.index.listing import Port
 from stores import content_hash
 
@@ -43,7 +43,7 @@ class ComponentTable(Immutable):
     def __init__(self, ports: Sequence[Port], left_out: Sequence[tuple[str, int, int, str]] = ()) -> None:
         self.ports: tuple[Port, ...] = tuple(ports)
         self._left_out = tuple(left_out)
-        self._offsets = np.concatenate([[0], np.cumsum([port.count for port in self.ports], dtype=np.int64)])
+        self._offsets = read_only(np.cumsum([0, *(port.count for port in self.ports)], dtype=np.int64))
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -90,7 +90,7 @@ class ComponentTable(Immutable):
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """The table as numpy columns, one value per component."""
+        """The table as numpy columns, one value per component; they cannot be written to."""
         counts = [port.count for port in self.ports]
         units = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
 
@@ -100,7 +100,7 @@ class ComponentTable(Immutable):
             return np.repeat(np.array(values, dtype=dtype), counts)
 
         width = column("width")
-        return {
+        columns = {
             "id": np.arange(len(self), dtype=np.int64),
             "name": np.array([port.name(unit) for port in self.ports for unit in range(port.count)], dtype=object),
             "kind": column("kind"),
@@ -113,6 +113,7 @@ class ComponentTable(Immutable):
             "stop": (units + 1) * width,
             "n_parameters": column("n_parameters"),
         }
+        return FrozenDict({name: read_only(values) for name, values in columns.items()})
 
     def table(self) -> pd.DataFrame:
         """Returns the index as a DataFrame, one row per component."""

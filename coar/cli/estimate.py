@@ -156,8 +156,7 @@ def _estimator(
                 f"tolerance is given beside {chosen['passes']} passes. Give it with --passes auto only."
             )
     estimator = get_estimator(method, **settings)
-    same = ablate.CampaignSpec.from_dict({**spec.describe(), **chosen}, where)
-    return estimator, same.with_storage(spec.settings.storage)
+    return estimator, spec.replace(**chosen)
 
 
 def _estimate_store(path: Path, spec: ablate.CampaignSpec) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from ablate.models.sharing import tie
 from ablate.state import neutral_ambient
 from coar.editing.edits.covered import covered
 from coar.editing.edits.edit import Edit
+from coar.editing.edits.frozen import frozen
 from coar.editing.edits.half import HALF, is_half, lift, rounding, words
 from coar.editing.edits.operations import Operation
 from coar.editing.log import EditLog
@@ -72,6 +73,9 @@ class Editor(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            if isinstance(value := getattr(self, setting.name), Mapping):
+                object.__setattr__(self, setting.name, frozen(value))
         problems = problems_of(self, self._problems)
         if problems:
             raise EditError(f"These settings cannot work: {'; '.join(problems)}.")

@@ -56,3 +56,16 @@ def test_copies_are_equal(name: str, clone: Any) -> None:
     value = _values()[name][0]
     assert clone(value).__dict__.keys() >= {key for key in value.__dict__ if not key.startswith("_")}
     assert hash(clone(value)) == hash(value) or name == "examples"
+
+
+def test_somebodys_own_kind_is_closed_when_its_own_init_ends() -> None:
+    class Photos(ablate.Examples):
+        def __init__(self) -> None:
+            super().__init__(torch.zeros(2, 3), [0, 1])
+            self.place = "here"
+
+    photos = Photos()
+    assert photos.place == "here"
+    for name in ("place", "something_new"):
+        with pytest.raises(ablate.ImmutableError):
+            setattr(photos, name, "there")

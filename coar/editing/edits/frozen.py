@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn, SupportsFloat, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ablate.immutable import FrozenDict
 from coar.errors import EditError
 
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-class FrozenDict(dict[K, V]):
-    """A dict that refuses changes. Equal to a plain one with the same content; JSON, pickle and copies know it."""
-
-    def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        raise TypeError("This mapping belongs to an immutable value and cannot be changed. Change a copy: dict(it).")
-
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)
 
 
 def frozen(values: Mapping[K, V]) -> FrozenDict[K, V]:

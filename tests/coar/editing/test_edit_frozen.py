@@ -13,7 +13,8 @@ import torch
 
 import coar
 from ablate import ComponentIndex, Port
-from coar.editing.edits.frozen import FrozenDict, frozen
+from ablate.immutable import FrozenDict
+from coar.editing.edits.frozen import frozen
 from coar.editing.edits.operations import Ablate, Delta, Factors, LowRank, Scale
 
 INDEX = ComponentIndex([Port("linear_neuron", 0, "fc", "fc.weight", "out", 0, 4, 1, 3)])
