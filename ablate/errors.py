@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+FAILED, BAD_INPUT, NOT_FINISHED, MISMATCH = 1, 2, 3, 4  # exit codes of the command line
+
 
 class AblateError(Exception):
     """Base class of the errors of this package."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from stores import StoreExistsError
+from stores.storage.drafts import draft_of
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
     """
     refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
+    draft = draft_of(path)
     try:
         yield draft
         with draft.open("rb") as file:

@@ -354,21 +354,15 @@ def _shared(model: nn.Module, index: ComponentIndex) -> dict[str, list[str]]:
 def some_of_all(index: ComponentIndex) -> Selection:
     """Returns a fifth of the components, some of every port, but only half of those that are all that a port has."""
     keep = sample_rows(index).all(dim=0)
-    first = 0
-    for number, port in enumerate(index.ports):
-        keep[first : first + port.count] |= port.count == 1 and number % 2 == 1
-        first += port.count
+    for number, (port, first, stop) in enumerate(index.spans()):
+        keep[first:stop] |= port.count == 1 and number % 2 == 1
     return index.select(torch.nonzero(~keep).flatten().tolist())
 
 
 def sample_rows(index: ComponentIndex) -> Tensor:
     """Returns two keep-vectors, (2, components): a tenth of the components closed, and some of every port in one."""
     keep = np.stack([np.random.Philox(key=[2718, row]).random_raw(len(index)) >= 2**64 // 10 for row in range(2)])
-    first = 0
-    for number, port in enumerate(index.ports):
+    for number, (port, first, stop) in enumerate(index.spans()):
         keep[number % 2, first + number % port.count] = False
-        keep[1 - number % 2, first : first + port.count] |= (
-            port.count == 1
-        )  # else every branch is closed, and nothing left
-        first += port.count
+        keep[1 - number % 2, first:stop] |= port.count == 1  # else every branch is closed, and nothing left
     return torch.from_numpy(keep)

@@ -104,8 +104,7 @@ class ActivationGates:
         self.attentions: list[str] = []
         self._counts = [port.count for port in index.ports]
         self._known = set(report.strange)
-        first = 0
-        for port in index.ports:
+        for port, first, _ in index.spans():
             problem = _problem(port, report)
             if problem is not None:
                 self.problems.setdefault(port.module, problem)
@@ -113,7 +112,6 @@ class ActivationGates:
                 site = self.sites[port.parameter] = _Site(port.parameter, [], [], Gates(port.module))
                 site.place(report.uses.get(port.parameter, []))
             self.sites[port.parameter].ports.append((first, port))
-            first += port.count
         self._find_alone()
         parameters = dict(model.named_parameters())
         self._watched: dict[str, Tensor] = {}

@@ -113,12 +113,11 @@ def touched_slices(selection: Selection, parameters: Container[str]) -> list[tup
     A bias that belongs to a component (a residual branch's) is listed if it is one of the `parameters`.
     """
     found = []
-    first = 0
     members = iter([*selection.ids, len(selection.index)])
     member = next(members)
-    for port in selection.index.ports:
+    for port, first, stop in selection.index.spans():
         units: list[int] = []
-        while member < first + port.count:
+        while member < stop:
             start = (member - first) * port.width
             units += range(start, start + port.width)
             member = next(members)
@@ -127,5 +126,4 @@ def touched_slices(selection: Selection, parameters: Container[str]) -> list[tup
             bias = f"{port.module}.bias" if port.module else "bias"
             if port.with_bias and bias in parameters:
                 found.append((bias, 0, units))
-        first += port.count
     return found

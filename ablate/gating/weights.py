@@ -132,8 +132,7 @@ class WeightGates:
         found: dict[str, _Weight] = {}
         self._firsts: list[int] = []  # the first component of each port
         self._owners: list[int] = []  # and the position of its weight
-        first = 0
-        for port in index.ports:
+        for port, first, _ in index.spans():
             if port.parameter not in found:
                 weight = parameters[port.parameter].detach()
                 bias = bias_of(model, port)
@@ -157,7 +156,6 @@ class WeightGates:
             found[port.parameter].ports.append((first, port))
             self._firsts.append(first)
             self._owners.append(list(found).index(port.parameter))
-            first += port.count
         self._weights = list(found.values())
         self._by_rows = all(site.by_rows for site in self._weights)
         self._on_cpu = all(site.weight.device.type == "cpu" for site in self._weights)

@@ -115,6 +115,11 @@ class ComponentTable(Immutable):
         }
         return FrozenDict({name: read_only(values) for name, values in columns.items()})
 
+    def spans(self) -> tuple[tuple[Port, int, int], ...]:
+        """Returns the ports in order, each with its first component's id and that after its last."""
+        bounds = self._offsets.tolist()
+        return tuple(zip(self.ports, bounds[:-1], bounds[1:], strict=True))
+
     def table(self) -> pd.DataFrame:
         """Returns the index as a DataFrame, one row per component."""
         return pd.DataFrame(self.columns)

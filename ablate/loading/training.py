@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ablate.data.examples import Examples
 from ablate.errors import LoadError
+from ablate.files import written_whole
 from ablate.loading.networks.checkpoints import load_weights
 from ablate.state import preserved_random_state
 from stores.storage.places import user_path
@@ -73,11 +74,9 @@ def trained_or_cached(
             return model.eval()
         train(model)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.draft")  # one per process: others may train it now, too
         weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(weights, draft, metadata=trained)
-        os.replace(draft, path)
+        with written_whole(path, overwrite=True) as draft:  # others may train it now, too
+            save_file(weights, draft, metadata=trained)
     return model
 
 

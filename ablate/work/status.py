@@ -16,12 +16,11 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from stores import AttributionStore, CampaignStore, DamagedBlockError
+from stores import CampaignStore, DamagedBlockError
 from stores.blocks.blocks import Blocks
-from stores.format.groups import Location, open_group
+from stores.format.groups import Location
+from stores.opening import open_any
 from stores.records import RUNNING, Failure, Lease, Process, WorkerRecord
-from stores.storage import objects
-from stores.storage.places import resolve
 from stores.work.worklog import WorkLog
 
 ALIVE, SILENT, LOST = "alive", "silent", "lost"  # beside what a worker says of itself at its end: ended, stopped
@@ -181,7 +180,7 @@ class Watch:
 
     def look(self) -> Status:
         """Returns how far the store is now."""
-        store = _open(self._location)
+        store = open_any(self._location)
         blocks = store.blocks
         log = WorkLog(blocks.store)
         # The marks are read last: else a block that is finished meanwhile would seem to be left, with nobody at it.
@@ -270,26 +269,6 @@ class Watch:
         if self._bytes[0] != finished:
             self._bytes = (finished, _stored_bytes(blocks.store))
         return self._bytes[1]
-
-
-def _open(location: Location) -> CampaignStore | AttributionStore:
-    """Returns the store at a place, finished or not, without looking at its blocks."""
-    if _kind(location) == ATTRIBUTIONS:
-        return AttributionStore(open_group(location, ATTRIBUTIONS), location)
-    return CampaignStore(open_group(location, CAMPAIGN), location)
-
-
-def _kind(location: Location) -> str:
-    """Returns which kind of store says it is there; a campaign if none does: opening it will say what is wrong."""
-    place = resolve(location)
-    if isinstance(place, Path):
-        if not place.is_dir():
-            return CAMPAIGN
-        place = LocalStore(place, read_only=True)
-    header = objects.read_json(place, "zarr.json") or {}
-    attributes = header.get("attributes")
-    found = attributes.get("format") if isinstance(attributes, dict) else None
-    return ATTRIBUTIONS if found == ATTRIBUTIONS else CAMPAIGN
 
 
 def _finished(blocks: Blocks) -> tuple[npt.NDArray[np.bool_], list[str]]:

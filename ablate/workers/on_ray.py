@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ablate.errors import AblateError, SpecError
-from ablate.workers.supervise import FAILED, End, View, supervise
+from ablate.errors import FAILED, AblateError, SpecError
+from ablate.workers.supervise import End, View, supervise
 
 OBJECT_STORE = 100 * 2**20  # bytes; nothing but a few words goes through it
 GET_SECONDS = 60.0  # for an answer that is there already

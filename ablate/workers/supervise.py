@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ablate.errors import AblateError
+from ablate.errors import BAD_INPUT, FAILED, MISMATCH, NOT_FINISHED, AblateError
 from ablate.work.progress import progress_bar
 from stores import FailedBlocksError, StoreError
 from stores.blocks.blocks import Blocks
@@ -26,7 +26,6 @@ LOOK_SHARE = 0.05  # of the time, at most, goes into looking at the store
 STOP_SECONDS = 15.0  # what workers get to end in order before they are killed
 MOST_EARLY_DEATHS = 3  # of one worker in a row, before it was at any block: it cannot start
 MOST_DEATHS = 9  # of all in a row, without a block finished: it is not the block
-FAILED, BAD_INPUT, NOT_FINISHED, MISMATCH = 1, 2, 3, 4  # exit codes of the command line
 
 
 class WorkersError(AblateError):

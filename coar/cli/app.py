@@ -16,6 +16,7 @@ import typer
 import ablate
 import coar
 import stores
+from ablate.errors import BAD_INPUT, FAILED, MISMATCH, NOT_FINISHED
 from coar.cli import campaign as cli_campaign
 from coar.cli import compact as cli_layout
 from coar.cli import estimate as cli_estimate
@@ -25,7 +26,7 @@ from coar.cli import maintenance as cli_care
 from coar.cli import plan as cli_plan
 from coar.cli import queries as cli_queries
 from coar.cli import status as cli_status
-from coar.cli.common import BAD_INPUT, FAILED, MISMATCH, NOT_FINISHED, say
+from coar.cli.common import say
 from coar.cli.editing import command as cli_edit
 from coar.cli.editing import info as cli_edit_info
 from coar.cli.workers.flags import OptionalRay

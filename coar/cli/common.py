@@ -13,8 +13,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-FAILED, BAD_INPUT, NOT_FINISHED, MISMATCH = 1, 2, 3, 4
-
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A campaign spec (TOML).")]
 CampaignPath = Annotated[str, typer.Argument(metavar="STORE", help="A campaign store.")]
 AttributionsPath = Annotated[str, typer.Argument(metavar="ATTRIBUTIONS", help="An attribution store.")]

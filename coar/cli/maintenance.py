@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 import stores
+from ablate.errors import FAILED
 from ablate.work.progress import progress_bar
-from coar.cli.common import FAILED, Json, Quiet, print_json, say
+from coar.cli.common import Json, Quiet, print_json, say
 from coar.cli.storage import Storage, located
 from stores.maintenance.verify import Told
 

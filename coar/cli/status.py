@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ablate.errors import FAILED, NOT_FINISHED
 from ablate.work.progress import short_number
 from ablate.work.status import ALIVE, LOST, SILENT, FailedBlock, Status, Watch, WorkerStatus
-from coar.cli.common import FAILED, NOT_FINISHED, Json, print_json, say
+from coar.cli.common import Json, print_json, say
 from coar.cli.storage import Storage, located
 
 MOST_LINES = 20  # of workers or failed blocks that are listed; --json has them all

@@ -83,10 +83,8 @@ def _message(engine: Engine, modules: list[str], some_are_seen: bool) -> str:
 def _modules(engine: Engine) -> list[tuple[str, npt.NDArray[np.intp]]]:
     """Returns the modules in order, each with the ids of its components."""
     found: dict[str, list[npt.NDArray[np.intp]]] = {}
-    first = 0
-    for port in engine.index.ports:
-        found.setdefault(port.module, []).append(np.arange(first, first + port.count))
-        first += port.count
+    for port, first, stop in engine.index.spans():
+        found.setdefault(port.module, []).append(np.arange(first, stop))
     return [(module, np.concatenate(parts)) for module, parts in found.items()]
 
 

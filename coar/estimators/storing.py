@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from contextlib import suppress
 
 from zarr.abc.store import Store
@@ -13,6 +12,7 @@ from ablate.campaign.identity import Identity, require_same
 from stores import AttributionStore, DamagedBlockError, OldFormatError, StoreMismatchError, StoreNotFoundError
 from stores.format.groups import Location
 from stores.storage.creating import clear
+from stores.storage.drafts import draft_of
 from stores.storage.places import resolve
 
 
@@ -69,7 +69,7 @@ def remove(place: Location) -> None:
         clear(found)
         return
     if not found.is_symlink():  # which rmtree refuses
-        aside = found.parent / f".{found.name}.{uuid.uuid4().hex[:8]}.draft"  # swept by the next store made here
+        aside = draft_of(found)  # swept by the next store made here
         os.rename(found, aside)
         found = aside
     shutil.rmtree(found)

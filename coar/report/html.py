@@ -17,6 +17,7 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ablate.files import written_whole
 from coar.attributions.attributions import OTHER_UNITS, Attributions
 from coar.editing.coar_edit.ranking import predicted_change
 from coar.editing.edits.edit import Edit
@@ -68,10 +69,8 @@ def write_report(path: str | os.PathLike[str], title: str, lead: str, sections: 
     template = environment.from_string(files("coar.report").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(title=title, lead=lead, sections=[_render(section) for section in sections])
     target = user_path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.draft")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, target)
+    with written_whole(target, overwrite=True) as draft:
+        draft.write_text(page, encoding="utf-8")
     return target
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from stores.errors import StoreError, StoreExistsError, StoreNotFoundError, Stor
 from stores.format.root import FORMAT_VERSION as FORMAT_VERSION
 from stores.format.root import require_sound, seal
 from stores.storage import creating, objects
+from stores.storage.drafts import draft_of, drafts_of
 from stores.storage.places import Location as Location
 from stores.storage.places import describe, resolve
 from stores.storage.redact import redact
@@ -109,7 +108,7 @@ def create_group(location: Location, fill: Callable[[zarr.Group], None]) -> None
 
 def _create_folder(path: Path, where: str, fill: Callable[[zarr.Group], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.draft"
+    draft = draft_of(path)
     try:
         fill(zarr.open_group(str(draft), mode="w"))
         _consolidate(str(draft))
@@ -122,7 +121,7 @@ def _create_folder(path: Path, where: str, fill: Callable[[zarr.Group], None]) -
             raise StoreExistsError(f"Something appeared at {where} meanwhile. Choose another path.") from error
         raise
     objects.flush(LocalStore(path), ["zarr.json"])  # and the new name
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.draft"):
+    for leftover in drafts_of(path):
         shutil.rmtree(leftover, ignore_errors=True)  # of a program that was killed; a live one has lost the race
 
 

@@ -21,9 +21,10 @@ from stores.blocks.blocks import KEEP_EMPTY, Blocks
 from stores.blocks.copies import FOLDER, MARK, folder_of, group_metadata, read_mark, source_of
 from stores.blocks.reading import stored_size
 from stores.campaign import CampaignStore
-from stores.errors import StoreError, StoreUnreadableError
+from stores.errors import StoreError
 from stores.format.groups import Location
 from stores.format.layout import COLUMN, COPY_KINDS, ROW, SHARD_BYTES, Layout, copy_layout
+from stores.opening import OpenStore, open_any
 from stores.storage import objects
 
 MEMORY = 2**30
@@ -112,18 +113,14 @@ def copied_arrays(store: CampaignStore | AttributionStore) -> tuple[str, ...]:
     return ("outputs",) if isinstance(store, CampaignStore) else ("weights", "stderr")
 
 
-def _open_finished(location: Location) -> CampaignStore | AttributionStore:
-    try:
-        campaign = CampaignStore.open(location, mode="r+")
-    except StoreUnreadableError as error:
-        try:
-            attributions = AttributionStore.open(location, finish=True)
-        except StoreUnreadableError:
-            raise error from None
+def _open_finished(location: Location) -> OpenStore:
+    store = open_any(location, "r+")
+    store.blocks.check_present()
+    if isinstance(store, CampaignStore):
+        store.require_complete()
+    else:
         AttributionStore.open(location)  # refuses an unfinished one
-        return attributions
-    campaign.require_complete()
-    return campaign
+    return store
 
 
 def _checked_kinds(copies: Sequence[str] | None, default: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from zarr.abc.store import Store
 from stores.errors import StoreError
 from stores.format.groups import Location, open_group
 from stores.format.root import FORMAT_VERSION, ROOT, SEAL, read_root, seal_of
-from stores.maintenance.verify import open_any
+from stores.opening import open_any
 from stores.records import ENDED, Process, WorkerRecord
 from stores.storage import objects
 from stores.work.worklog import WORKERS

@@ -16,7 +16,8 @@ from stores.blocks.copies import FOLDER as COPIES
 from stores.blocks.copies import MARK
 from stores.format.groups import Location
 from stores.format.layout import COPY_KINDS
-from stores.maintenance.verify import COPY, METADATA, Damage, OpenStore, Report, Told, known_nodes, open_any, verify
+from stores.maintenance.verify import COPY, METADATA, Damage, Report, Told, known_nodes, verify
+from stores.opening import OpenStore, open_any
 from stores.storage import objects
 from stores.work.liveness import StoreBusyError, live_workers
 from stores.work.worklog import WorkLog

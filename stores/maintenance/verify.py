@@ -14,25 +14,22 @@ import zarr
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from stores.attributions import KIND as ATTRIBUTIONS
-from stores.attributions import AttributionStore
 from stores.blocks.blocks import DIGEST_BYTES
 from stores.blocks.copies import FOLDER as COPIES
 from stores.blocks.copies import damaged_files, read_mark
 from stores.blocks.reading import stored_size
 from stores.campaign import KIND as CAMPAIGN
-from stores.campaign import CampaignStore
 from stores.errors import DamagedBlockError, StoreUnreadableError
-from stores.format.groups import Location, open_group, read_column
+from stores.format.groups import Location, read_column
 from stores.format.layout import COPY_KINDS
-from stores.format.root import ROOT, OtherKindError, read_root
+from stores.format.root import ROOT, read_root
+from stores.opening import OpenStore, open_any
 from stores.storage import objects
 
 BLOCK, METADATA, TABLE, COPY = "block", "metadata", "table", "copy"
 TABLES = ("examples", "components")
 
 Told = Callable[[int, int], object]
-OpenStore = CampaignStore | AttributionStore
 
 
 @dataclass(frozen=True)
@@ -135,16 +132,6 @@ def verify(location: Location, *, on_block: Told = lambda done, total: None) -> 
       StoreNotFoundError, StoreUnreadableError: Nothing, or something else, is there, or its root is damaged.
     """
     return _Inspection(open_any(location)).report(on_block)
-
-
-def open_any(location: Location, mode: str = "r") -> OpenStore:
-    """Returns a campaign or attribution store, also one whose blocks have lost files. Mutates nothing."""
-    try:
-        return CampaignStore(open_group(location, CAMPAIGN, mode), location)
-    except OtherKindError as error:
-        if error.found != ATTRIBUTIONS:
-            raise
-        return AttributionStore(open_group(location, ATTRIBUTIONS, mode), location)
 
 
 @dataclass

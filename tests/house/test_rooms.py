@@ -19,6 +19,7 @@ FLOORS = {  # lower ones first; a file or folder imports from its own line only 
         blocks
         work
         campaign attributions
+        opening
         maintenance
         __init__
     """,

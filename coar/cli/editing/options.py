@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
+
+from coar.cli.gathered import gathered
 
 METHOD = "How to edit, and where"
 EXAMPLES = "Which of the data's examples"
@@ -165,17 +165,4 @@ def option_name(field: str) -> str:
 
 def with_edit_options(command: Callable[..., None]) -> Callable[..., None]:
     """Returns a command whose parameter `wish: EditOptions` is given by the options of `EditOptions`, one by one."""
-    hints = get_type_hints(EditOptions, include_extras=True)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    added = [inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name]) for f in fields(EditOptions)]
-    own = inspect.signature(command, eval_str=True)
-    kept = [p.replace(kind=kind) for p in own.parameters.values() if p.name != "wish"]
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        wish = EditOptions(**{f.name: values.pop(f.name) for f in fields(EditOptions)})
-        command(**values, wish=wish)
-
-    run.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in [*kept, *added]} | {"return": None}
-    return run
+    return gathered(command, "wish", EditOptions)

@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import typer
 
 from ablate.campaign.spec import CampaignSpec
 from ablate.workers.shares import choose_devices
+from coar.cli.gathered import gathered
 from coar.cli.workers.flags import WorkerFlags
 from coar.cli.workers.spread import Opener, Outcome, Spread
 from coar.cli.workers.stopping import ending_in_order
@@ -56,22 +57,18 @@ class Workers:
 
 def with_workers(command: Callable[..., None]) -> Callable[..., None]:
     """Returns a command whose parameter `workers: Workers` is given by the options of `WorkerFlags`, one by one."""
-    hints = get_type_hints(WorkerFlags, include_extras=True)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    added = [inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name]) for f in fields(WorkerFlags)]
     own = inspect.signature(command, eval_str=True)
-    kept = [p.replace(kind=kind) for p in own.parameters.values() if p.name != "workers"]
+    flags = inspect.Parameter("flags", inspect.Parameter.KEYWORD_ONLY)
+    context = inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
     @functools.wraps(command)
-    def run(_context: typer.Context, **values: Any) -> None:
-        flags = WorkerFlags(**{f.name: values.pop(f.name) for f in fields(WorkerFlags)})
+    def run(_context: typer.Context, flags: WorkerFlags, **values: Any) -> None:
         with ending_in_order(flags.requeue, flags.tied):
             command(**values, workers=Workers(flags, _command_line(_context)))
 
-    context = inspect.Parameter("_context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    run.__signature__ = inspect.Signature([context, *kept, *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in [context, *kept, *added]} | {"return": None}
-    return run
+    kept = [p.replace(kind=flags.kind) for p in own.parameters.values() if p.name != "workers"]
+    run.__signature__ = inspect.Signature([context, *kept, flags])  # type: ignore[attr-defined]
+    return gathered(run, "flags", WorkerFlags)
 
 
 def _command_line(context: typer.Context) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from ablate.files import written_whole
 from coar.errors import CoarError, EditError
 from coar.metrics.accuracy import Accuracy
 from coar.metrics.checks import as_classes
@@ -194,14 +195,8 @@ class EditPredictions:
             for i, kept in enumerate(values.values())
             for array in ARRAYS
         }
-        target = user_path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-        try:
+        with written_whole(user_path(path), overwrite=True) as draft:
             save_file(arrays, draft, {"predictions": json.dumps(header)})
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
 
     def _in_scope(self) -> dict[str, tuple[Any, Any]]:
         return {name: (kept.edited, kept.labels) for name, kept in self.groups.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ablate import ComponentIndex, Selection
+from ablate import Selection
 from coar.errors import EditError
 
 
@@ -116,24 +117,17 @@ class MaskLayout:
 
 def _rows(selection: Selection) -> list[MaskRow]:
     rows: list[MaskRow] = []
-    first = start = 0
+    start = 0
     ids = selection.ids
-    for port in selection.index.ports:
-        stop = start
-        while stop < len(ids) and ids[stop] < first + port.count:
-            stop += 1
+    for port, first, last in selection.index.spans():
+        stop = bisect_left(ids, last, start)
         if stop > start:
             units = tuple(i - first for i in ids[start:stop])
             rows.append(MaskRow(port.parameter, port.kind, port.axis, port.width, port.count, units, start))
-        first, start = first + port.count, stop
+        start = stop
     return rows
 
 
 def _modules(selection: Selection) -> set[str]:
-    index: ComponentIndex = selection.index
-    found, first = set(), 0
-    for port in index.ports:
-        if port.with_bias and any(i in selection for i in range(first, first + port.count)):
-            found.add(port.module)
-        first += port.count
-    return found
+    spans = selection.index.spans()
+    return {p.module for p, first, stop in spans if p.with_bias and any(i in selection for i in range(first, stop))}

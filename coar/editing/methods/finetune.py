@@ -30,7 +30,7 @@ from coar.editing.training.descent import (
     descend,
     descent_problems,
 )
-from coar.editing.training.early_stopping import BestWeights
+from coar.editing.training.early_stopping import BestWeights, validation_of
 from coar.editing.training.labels import LabelLoss, contradiction
 from coar.editing.training.schedules import warm_up_cosine
 from coar.editing.where import scopes
@@ -260,12 +260,7 @@ class FineTuning(Editor):
     def _best_weights(self, model: nn.Module, scope: scopes.Scope, request: Request, every: int) -> BestWeights | None:
         if not self.early_stopping:
             return None
-        if request.validation is None:
-            raise EditError(
-                "early_stopping needs validation, a pair of ablate.Examples, (to be changed, ordinary), in the "
-                "request. Give it, or pass early_stopping=False."
-            )
-        return BestWeights(model, scope, request.validation[0], self.patience, every, self.room[1])
+        return BestWeights(model, scope, validation_of(request), self.patience, every, self.room[1])
 
 
 def _note_changes(model: nn.Module, scope: scopes.Scope, before: Mapping[str, Tensor], log: EditLog) -> None:

@@ -20,7 +20,7 @@ from coar.editing.request import Request
 from coar.editing.running import BATCH
 from coar.editing.settings import Count, FromZero, Positive
 from coar.editing.training.descent import Clip, Descent, OptimizerName, descend, descent_problems, value_of
-from coar.editing.training.early_stopping import BestWeights
+from coar.editing.training.early_stopping import BestWeights, validation_of
 from coar.editing.where import scopes
 from coar.editing.where.blocks import Block, find_block
 from coar.editing.where.defaults import one_layer
@@ -130,12 +130,7 @@ class OutputCollision(Editor):
     def _best_weights(self, model: nn.Module, scope: scopes.Scope, request: Request) -> BestWeights | None:
         if not self.early_stopping:
             return None
-        if request.validation is None:
-            raise EditError(
-                "early_stopping needs validation, a pair of ablate.Examples, (to be changed, ordinary), in the "
-                "request. Give it, or pass early_stopping=False."
-            )
-        return BestWeights(model, scope, request.validation[0], self.patience, batch_size=self.batch_size)
+        return BestWeights(model, scope, validation_of(request), self.patience, batch_size=self.batch_size)
 
 
 class _Distance:

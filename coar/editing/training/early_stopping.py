@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from ablate import Examples
 from coar.editing.log import EditLog
 from coar.editing.predicting import predictions
+from coar.editing.request import Request
 from coar.editing.running import BATCH
 from coar.editing.where.scopes import Scope
+from coar.errors import EditError
 from coar.metrics import StopRule, accuracy
 
 ADVICE = (
@@ -78,3 +80,13 @@ class BestWeights:
             log.stop("failed", "No step raised accuracy on the validation examples: the weights are the original ones.")
         elif self._rule.reason:
             log.stop("converged", f"Validation accuracy: {self._rule.reason}; the weights of step {best} are kept.")
+
+
+def validation_of(request: Request) -> Examples:
+    """Returns the examples that early stopping looks at. Raises EditError if the request has none."""
+    if request.validation is None:
+        raise EditError(
+            "early_stopping needs validation, a pair of ablate.Examples, (to be changed, ordinary), in the "
+            "request. Give it, or pass early_stopping=False."
+        )
+    return request.validation[0]

@@ -146,10 +146,8 @@ def _declared(anatomy: Anatomy, model: nn.Module, kind: str) -> dict[str, list[s
 def _components(index: ComponentIndex, kind: str, modules: set[str]) -> list[int]:
     """Returns the ids of a layer's components: of residual blocks and modules the rows, whatever they are called."""
     found: list[int] = []
-    first = 0
-    for port in index.ports:
+    for port, first, stop in index.spans():
         rows = kind in ("residual", "module") and port.port == "out"
         if port.module in modules and (rows or port.kind in COMPONENTS[kind]):
-            found += range(first, first + port.count)
-        first += port.count
+            found += range(first, stop)
     return found

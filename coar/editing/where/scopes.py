@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -142,18 +141,8 @@ def _all_of(names: Collection[str], index: ComponentIndex, model: nn.Module) -> 
     """Returns all of these parameters, as components where the index lists the whole of one."""
     listed = covered(index.select(range(len(index))), model)
     complete = {name for name in names if name in listed and bool(listed[name].all())}
-    bounds = pairwise([0, *_ends(index)])
-    chosen = [
-        i for port, (a, b) in zip(index.ports, bounds, strict=True) if port.parameter in complete for i in range(a, b)
-    ]
+    chosen = [i for port, first, stop in index.spans() if port.parameter in complete for i in range(first, stop)]
     selection = index.select(chosen)
     touched = covered(selection, model)
     whole = tuple(name for name in names if not (name in touched and bool(touched[name].all())))
     return Scope(selection, dict.fromkeys(names), whole)
-
-
-def _ends(index: ComponentIndex) -> Iterator[int]:
-    end = 0
-    for port in index.ports:
-        end += port.count
-        yield end
