@@ -184,7 +184,7 @@ class Watch:
         blocks = store.blocks
         log = WorkLog(blocks.store)
         # The marks are read last: else a block that is finished meanwhile would seem to be left, with nobody at it.
-        records = [record for record in log.workers() if _is_plausible(record)]
+        records = log.workers()
         leases = [lease for lease in log.leases().values() if 0 <= lease.block < len(blocks)]
         failures = [failure for failure in log.failures().values() if failure.block < len(blocks) and failure.attempts]
         finished, damaged = _finished(blocks)
@@ -283,18 +283,6 @@ def _finished(blocks: Blocks) -> tuple[npt.NDArray[np.bool_], list[str]]:
             except DamagedBlockError as error:
                 damaged.append(str(error))
         return finished, damaged
-
-
-def _is_plausible(record: WorkerRecord) -> bool:
-    """Returns whether a record holds what a worker writes: anyone may have written it."""
-    numbers = (record.beat, record.blocks, record.rows, record.seconds, record.lease_seconds)
-    texts = (record.id, record.state, record.began, record.seen, record.process.host, record.process.machine)
-    return (
-        all(isinstance(number, int | float) for number in numbers)
-        and all(isinstance(text, str) for text in texts)
-        and isinstance(record.facts, dict)
-        and isinstance(record.process.pid, int)
-    )
 
 
 def _sizes(blocks: Blocks) -> npt.NDArray[np.int64]:

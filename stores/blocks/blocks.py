@@ -22,7 +22,6 @@ from stores.storage import objects
 Array = npt.NDArray[Any]
 
 DIGEST_BYTES = 32
-INNER_COLUMNS = 2048  # columns of an inner chunk: a slab of examples is read without touching the rest of a shard
 # An absent chunk must never pass for a written one: write chunks that equal the fill value, too.
 KEEP_EMPTY: ArrayConfigParams = {"write_empty_chunks": True}
 
