@@ -6,9 +6,7 @@ Exit codes: 0 done, 1 failed while running, 2 bad input, 3 not finished, 4 the s
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,23 +15,51 @@ import ablate
 import coar
 import stores
 from ablate.errors import BAD_INPUT, FAILED, MISMATCH, NOT_FINISHED
-from coar.cli import campaign as cli_campaign
-from coar.cli import compact as cli_layout
-from coar.cli import estimate as cli_estimate
-from coar.cli import fraction as cli_fraction
-from coar.cli import interchange as cli_interchange
-from coar.cli import maintenance as cli_care
-from coar.cli import plan as cli_plan
-from coar.cli import queries as cli_queries
-from coar.cli import status as cli_status
-from coar.cli.common import say
-from coar.cli.editing import command as cli_edit
-from coar.cli.editing import info as cli_edit_info
-from coar.cli.workers.flags import OptionalRay
+from coar.cli.on_demand import CommandsOnDemand
 from coar.cli.workers.stopping import hear_interrupts
-from coar.demo import run_demo
+
+PANELS = {
+    "Start here": {"demo": "coar.cli.demo:demo", "index": "coar.cli.campaign:index"},
+    "Run a campaign and fit it": {
+        "plan": "coar.cli.plan:plan_spec",
+        "choose-fraction": "coar.cli.fraction:choose_fraction",
+        "ablate": "coar.cli.campaign:run_campaign",
+        "status": "coar.cli.status:status",
+        "fit": "coar.cli.campaign:fit_campaign",
+    },
+    "Or estimate from the model, without a campaign": {"estimate": "coar.cli.estimate:estimate_spec"},
+    "Judge and ask": {
+        "evaluate": "coar.cli.queries:evaluate",
+        "top": "coar.cli.queries:top",
+        "nearest": "coar.cli.queries:nearest",
+        "compare": "coar.cli.queries:compare",
+    },
+    "Look after stores": {
+        "verify": "coar.cli.maintenance:verify",
+        "repair": "coar.cli.maintenance:repair",
+        "migrate": "coar.cli.maintenance:migrate",
+        "compact": "coar.cli.compact:compact",
+    },
+    "Exchange with other programs": {
+        "export": "coar.cli.interchange:export_attributions",
+        "import": "coar.cli.interchange:import_files",
+    },
+    "Edit and report": {
+        "edit": "coar.cli.editing.command:edit",
+        "edit-info": "coar.cli.editing.info:edit_info",
+        "report": "coar.cli.queries:report",
+    },
+}
+
+
+class Commands(CommandsOnDemand):
+    """All commands of `coar`."""
+
+    panels = PANELS
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,58 +80,6 @@ def options(
     ] = False,
 ) -> None:
     """Tells which parts of a network made a prediction, and what happens without them."""
-
-
-@app.command(rich_help_panel="Start here")
-def demo(
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for everything it writes.", show_default="runs/demo, or runs/demo-quick", metavar="PATH"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of data, training and keep-vectors.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Some seconds: few keep-vectors, rough attributions.")] = False,
-) -> None:
-    """Run the main job on real handwritten digits: ablate, attribute, ask, edit, report."""
-    run_demo(out or Path("runs/demo-quick" if quick else "runs/demo"), seed, say, quick=quick)
-
-
-PANELS: dict[str, dict[str, Callable[..., None]]] = {
-    "Start here": {"index": cli_campaign.index},
-    "Run a campaign and fit it": {
-        "plan": cli_plan.plan_spec,
-        "choose-fraction": cli_fraction.choose_fraction,
-        "ablate": cli_campaign.run_campaign,
-        "status": cli_status.status,
-        "fit": cli_campaign.fit_campaign,
-    },
-    "Or estimate from the model, without a campaign": {"estimate": cli_estimate.estimate_spec},
-    "Judge and ask": {
-        "evaluate": cli_queries.evaluate,
-        "top": cli_queries.top,
-        "nearest": cli_queries.nearest,
-        "compare": cli_queries.compare,
-    },
-    "Look after stores": {
-        "verify": cli_care.verify,
-        "repair": cli_care.repair,
-        "migrate": cli_care.migrate,
-        "compact": cli_layout.compact,
-    },
-    "Exchange with other programs": {
-        "export": cli_interchange.export_attributions,
-        "import": cli_interchange.import_files,
-    },
-    "Edit and report": {
-        "edit": cli_edit.edit,
-        "edit-info": cli_edit_info.edit_info,
-        "report": cli_queries.report,
-    },
-}
-for panel, commands in PANELS.items():
-    for name, command in commands.items():
-        app.command(name, rich_help_panel=panel, cls=OptionalRay)(command)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from coar.cli.common import (
     records,
     say,
 )
-from coar.cli.logs import Curves, LogFormat, LogLines, LogTarget, distinct_pair
+from coar.cli.logs import Curves, LogFormat, LogLines, LogTarget, logging_to
 from coar.cli.storage import Storage, both_located, storage_options
 from coar.cli.workers.command import Workers, with_workers
 from coar.cli.workers.spread import Outcome, open_campaign
@@ -86,7 +86,7 @@ def run_campaign(
     loaded = ablate.CampaignSpec.from_file(spec).with_storage(storage_options(storage))
     place = store if store is not None else loaded.settings.store
     outcome = Outcome.HERE
-    with distinct_pair(log, log_format, tensorboard, quiet):
+    with logging_to(log, log_format, tensorboard, quiet):
         if place is not None:
             outcome = workers.spread(spec, loaded, place, open_campaign, ("ablate", "row"), not quiet)
         if outcome is Outcome.SUBMITTED:

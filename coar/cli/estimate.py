@@ -12,7 +12,7 @@ import coar
 from ablate.campaign.spec import on_device
 from ablate.errors import UnknownNameError
 from coar.cli.common import AcceptCode, AcceptVersions, Json, MemoryGiB, Overwrite, Quiet, SpecFile, print_json, say
-from coar.cli.logs import Curves, LogFormat, LogLines, LogTarget, distinct_pair
+from coar.cli.logs import Curves, LogFormat, LogLines, LogTarget, logging_to
 from coar.cli.storage import Storage, storage_options
 from coar.cli.workers.command import Workers, with_workers
 from coar.cli.workers.spread import Outcome, open_estimate
@@ -92,7 +92,7 @@ def estimate_spec(
     loaded = ablate.CampaignSpec.from_file(spec).with_storage(storage_options(storage))
     estimator, subject = _estimator(loaded, str(spec), method, ablate_fraction, settings)
     target = out if out is not None else _estimate_store(spec, subject)
-    with distinct_pair(log, log_format, tensorboard, quiet):
+    with logging_to(log, log_format, tensorboard, quiet):
         outcome = workers.spread(spec, subject, target, open_estimate, (f"estimate ({method})", "example"), not quiet)
         if outcome is Outcome.SUBMITTED:
             return

@@ -41,7 +41,7 @@ Curves = Annotated[
 
 
 @contextmanager
-def distinct_pair(
+def logging_to(
     log: str | None, log_format: LogFormat = LogFormat.text, tensorboard: Path | None = None, quiet: bool = False
 ) -> Iterator[None]:
     """While entered, what happens is logged and drawn as asked; unless quiet, trouble is told on stderr in any case."""

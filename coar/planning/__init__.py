@@ -3,6 +3,13 @@
 May import: everything in `coar` but `cli`. Start reading in `planner.py`.
 """
 
-from coar.planning.planner import SECONDS as SECONDS
-from coar.planning.planner import Plan as Plan
-from coar.planning.planner import plan as plan
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coar.planning.planner import SECONDS as SECONDS
+    from coar.planning.planner import Plan as Plan
+    from coar.planning.planner import plan as plan
+else:
+    from stores.on_demand import on_demand
+
+    __getattr__, __dir__, __all__ = on_demand(globals())
