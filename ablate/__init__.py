@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from ablate.errors import UnknownNameError as UnknownNameError
     from ablate.gating.literal import ablated as ablated
     from ablate.gating.reference import reference_outputs as reference_outputs
-    from ablate.index.components import Component as Component
     from ablate.index.components import ComponentIndex as ComponentIndex
-    from ablate.index.components import Port as Port
     from ablate.index.components import Selection as Selection
-    from ablate.index.components import component_kinds as component_kinds
+    from ablate.index.kinds import component_kinds as component_kinds
     from ablate.index.presets import preset_names as preset_names
     from ablate.index.residual import register_residual as register_residual
     from ablate.index.structure import register_attention as register_attention
     from ablate.index.structure import register_feed_forward as register_feed_forward
+    from ablate.index.table import Component as Component
+    from ablate.index.table import Port as Port
     from ablate.keep import KeepPlan as KeepPlan
     from ablate.loading.load import load_data as load_data
     from ablate.loading.load import load_model as load_model
@@ -58,6 +58,6 @@ if TYPE_CHECKING:
     from ablate.work.status import Status as Status
     from ablate.work.status import status as status
 else:
-    from stores.on_demand import on_demand
+    from stores.on_demand import on_demand as _on_demand
 
-    __getattr__, __dir__, __all__ = on_demand(globals())
+    __getattr__, __dir__, __all__ = _on_demand(globals())

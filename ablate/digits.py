@@ -15,6 +15,6 @@ if TYPE_CHECKING:
     from ablate.loading.digits import digits_model as digits_model
     from ablate.loading.digits import digits_split as digits_split
 else:
-    from stores.on_demand import on_demand
+    from stores.on_demand import on_demand as _on_demand
 
-    __getattr__, __dir__, __all__ = on_demand(globals())
+    __getattr__, __dir__, __all__ = _on_demand(globals())

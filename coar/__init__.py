@@ -63,6 +63,6 @@ if TYPE_CHECKING:
     from coar.planning.meter import CostMeter as CostMeter
     from coar.statistics import mean_interval as mean_interval
 else:
-    from stores.on_demand import on_demand
+    from stores.on_demand import on_demand as _on_demand
 
-    __getattr__, __dir__, __all__ = on_demand(globals())
+    __getattr__, __dir__, __all__ = _on_demand(globals())

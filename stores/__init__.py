@@ -41,6 +41,6 @@ if TYPE_CHECKING:
     from stores.work.liveness import StoreBusyError as StoreBusyError
     from stores.work.worklog import WorkLog as WorkLog
 else:
-    from stores.on_demand import on_demand
+    from stores.on_demand import on_demand as _on_demand
 
-    __getattr__, __dir__, __all__ = on_demand(globals())
+    __getattr__, __dir__, __all__ = _on_demand(globals())

@@ -16,8 +16,8 @@ Face = tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]
 def on_demand(namespace: dict[str, Any]) -> Face:
     """Returns `__getattr__`, `__dir__` and `__all__` of a package, for its `__init__` to have (PEP 562).
 
-    A name is loaded from where the file imports it for type checkers (`if TYPE_CHECKING: from a.b import C as C`), which
-    is read here: so there is one list. Folders and files of the package are loaded by their names, too.
+    A name is loaded from where the file imports it for type checkers (`if TYPE_CHECKING: from a.b import C as C`),
+    which is read here: so there is one list. Folders and files of the package are loaded by their names, too.
 
     Args:
       namespace: The package's `globals()`; what was asked for once is found there.
@@ -37,12 +37,12 @@ def on_demand(namespace: dict[str, Any]) -> Face:
         namespace[name] = value
         return value
 
-    return load, lambda: sorted({*namespace, *homes}), sorted(homes)
+    return load, lambda: sorted({*namespace, *homes} - {"TYPE_CHECKING"}), sorted(homes)
 
 
 def _homes(file: Path) -> dict[str, str]:
     """Returns, per name that a file imports as itself for type checkers, the module it comes from."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             imports = [line for line in node.body if isinstance(line, ast.ImportFrom)]

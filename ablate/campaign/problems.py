@@ -11,7 +11,7 @@ from ablate.ablation import Ablation, ablation_names
 from ablate.engine.engine import MODES, PRECISIONS
 from ablate.engine.gated_model import ATTENTION
 from ablate.errors import nearest
-from ablate.index.components import component_kinds
+from ablate.index.kinds import component_kinds
 from ablate.index.presets import preset_names
 from ablate.loading.sources import DATA_SOURCES, MODEL_SOURCES
 from ablate.outputs import Output, output_names

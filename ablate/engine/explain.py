@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from ablate.engine.gated_model import GatedModel
-from ablate.index.components import Port
+from ablate.index.table import Port
 
 
 def explain(gated_model: GatedModel) -> pd.DataFrame:

@@ -21,8 +21,9 @@ from ablate.gating.gates import Gates, Places, Tap
 from ablate.gating.means import Means
 from ablate.gating.probe import ProbeReport, Use
 from ablate.gating.uses import Op, UseMode, WeightRows
-from ablate.index.components import ComponentIndex, Port
+from ablate.index.components import ComponentIndex
 from ablate.index.convolutions import per_channel
+from ablate.index.table import Port
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ablate.gating.attention import attention_forward
-from ablate.index.listing import Port
+from ablate.index.table import Port
 
 
 @dataclass(frozen=True)

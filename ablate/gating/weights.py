@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ablate.errors import GatingError
 from ablate.gating.means import Means
 from ablate.gating.uses import bias_of
-from ablate.index.components import ComponentIndex, Port
+from ablate.index.components import ComponentIndex
 from ablate.index.convolutions import per_channel
+from ablate.index.table import Port
 
 
 @dataclass

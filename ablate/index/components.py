@@ -13,41 +13,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from torch import Tensor, nn
 
-from ablate.errors import AblateError, DataError, ModelMismatchError, SelectionError, UnknownNameError
+from ablate.errors import ModelMismatchError, SelectionError, UnknownNameError
 from ablate.immutable import Immutable
-from ablate.index.defaults import default_components
-from ablate.index.flow import Flow, flow_of
-from ablate.index.kinds import KINDS, STRUCTURAL, Anatomy
-from ablate.index.kinds import component_kinds as component_kinds
-from ablate.index.listing import BY_NAME, Listing, excluded_by_name
-from ablate.index.listing import Port as Port
-from ablate.index.presets import preset_parts
-from ablate.index.table import Component as Component
-from ablate.index.table import ComponentTable
+from ablate.index.table import ComponentTable, Port
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ablate.index.kinds import Anatomy
 
 JSON_FORMAT = "component-index"
 JSON_VERSION = 1
-
-
-def _flow(model: nn.Module, example_inputs: Tensor | None) -> Flow | None:
-    try:
-        return flow_of(model, example_inputs)
-    except AblateError:
-        raise
-    except Exception as error:  # whatever a model raises on inputs it does not take
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise DataError(f"The model fails on example_inputs: {type(error).__name__}: {reason}.") from error
-
-
-def _kinds_of(anatomy: Anatomy) -> list[str]:
-    """Returns the kinds of which a model has components."""
-    return [kind for kind, rule in KINDS.items() if any(rule(n, m, anatomy) for n, m in anatomy.modules.items())]
 
 
 class ComponentIndex(ComponentTable):
@@ -81,17 +63,9 @@ class ComponentIndex(ComponentTable):
           SelectionError: No component is left.
           DataError: The model fails on `example_inputs`.
         """
-        if isinstance(kinds, str):
-            raise SelectionError(f"kinds is the string {kinds!r}, expected a list: kinds=[{kinds!r}].")
-        anatomy = Anatomy(model)
-        excluded = excluded_by_name(anatomy, include, exclude)
-        if kinds is None:
-            kinds, without = default_components(anatomy, _flow(model, example_inputs))
-            excluded = without | excluded
-        for kind in kinds:
-            if kind not in KINDS:
-                raise UnknownNameError("component kind", kind, KINDS)
-        return cls.from_anatomy(anatomy, kinds, excluded)
+        from ablate.index.enumeration import ports_of_kinds
+
+        return cls(*ports_of_kinds(model, kinds, include, exclude, example_inputs))
 
     @classmethod
     def from_anatomy(cls, anatomy: Anatomy, kinds: Sequence[str], excluded: Mapping[str, str]) -> ComponentIndex:
@@ -99,24 +73,9 @@ class ComponentIndex(ComponentTable):
 
         For `from_model` and the presets, which have checked what they were given.
         """
-        listing = Listing(anatomy, kinds, excluded)
-        if not listing.ports:
-            unknown = (
-                ""
-                if not set(kinds) & set(STRUCTURAL)
-                else (
-                    " Attentions, feed-forward networks and residual blocks of a form unknown here are made known with "
-                    "ablate.register_attention, register_feed_forward and register_residual."
-                )
-            )
-            reasons = {reason: name for name, _, count, reason in listing.left_out if count and reason != BY_NAME}
-            why = "".join(f" Left out: {name!r} ({reason})." for reason, name in reasons.items())
-            raise SelectionError(
-                f"{type(anatomy.modules['']).__name__} has no component of kind {', '.join(kinds)} in the modules "
-                f"asked for.{why} Kinds: {', '.join(KINDS)}; in this model: {', '.join(_kinds_of(anatomy)) or 'none'}. "
-                f"Give other kinds, or widen include/exclude.{unknown}"
-            )
-        return cls(listing.ports, listing.left_out)
+        from ablate.index.enumeration import ports_of_anatomy
+
+        return cls(*ports_of_anatomy(anatomy, kinds, excluded))
 
     @classmethod
     def from_preset(
@@ -140,9 +99,9 @@ class ComponentIndex(ComponentTable):
           UnknownNameError: A preset or a pattern that fits nothing.
           SelectionError: The model has none of what the preset lists.
         """
-        anatomy = Anatomy(model)
-        kinds, excluded = preset_parts(anatomy, name, shortcuts)
-        return cls.from_anatomy(anatomy, kinds, excluded_by_name(anatomy, include, exclude) | excluded)
+        from ablate.index.enumeration import ports_of_preset
+
+        return cls(*ports_of_preset(model, name, include, exclude, shortcuts))
 
     def select(self, ids: Iterable[int]) -> Selection:
         """Returns the selection of these component ids. Raises SelectionError for ids outside the index."""

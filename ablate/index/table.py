@@ -7,17 +7,60 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from torch import nn
 
 from ablate.errors import ModelMismatchError, SelectionError, nearest
 from ablate.immutable import FrozenDict, Immutable, read_only
-from ablate.index.listing import Port
 from stores import content_hash
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+_WHOLE = ("residual_branch", "layer")  # kinds with one component per weight
+
+
+@dataclass(frozen=True)
+class Port:
+    """A run of components in one module: `count` equal slices of `parameter` along `axis`, each `width` wide.
+
+    Attributes:
+      kind: The component kind, e.g. `conv_filter`.
+      layer: Position of the module among the indexed ones, from 0.
+      module: The name in `model.named_modules()` of the module that owns the parameter.
+      parameter: The tensor's name in `model.named_parameters()`.
+      port: `out` (output channels before the bias) or `in` (input channels).
+      axis: The axis of `parameter` that is sliced.
+      count: Number of components.
+      width: Length of one slice.
+      n_parameters: Number of parameters in one slice.
+    """
+
+    kind: str
+    layer: int
+    module: str
+    parameter: str
+    port: str
+    axis: int
+    count: int
+    width: int
+    n_parameters: int
+
+    @property
+    def with_bias(self) -> bool:
+        """Whether ablation clears the module's bias too, so that a residual branch adds nothing at all."""
+        return self.kind == "residual_branch"
+
+    def name(self, unit: int) -> str:
+        """Returns the name of one of the port's components: `conv1[3]`, `attn.proj:attention_head[3]`, `bn3:layer`."""
+        if self.kind in ("conv_filter", "linear_neuron"):
+            return f"{self.module}[{unit}]"
+        weight = "" if self.parameter == "weight" else self.parameter.removesuffix(".weight")
+        return f"{weight}:{self.kind}" + ("" if self.kind in _WHOLE else f"[{unit}]")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,6 @@ if TYPE_CHECKING:
     from ablate.loading.tokens import TextTokens as TextTokens
     from ablate.loading.transforms import Transform as Transform
 else:
-    from stores.on_demand import on_demand
+    from stores.on_demand import on_demand as _on_demand
 
-    __getattr__, __dir__, __all__ = on_demand(globals())
+    __getattr__, __dir__, __all__ = _on_demand(globals())

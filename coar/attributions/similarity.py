@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from sklearn.random_projection import GaussianRandomProjection
 
 Floats = npt.NDArray[np.float32]
 
@@ -73,6 +71,8 @@ def projected(
 
 def gaussian_projection(components: int, dimensions: int, seed: int) -> Callable[[Floats], Floats]:
     """Returns a function that projects (examples, components) to (examples, dimensions) on the CPU."""
+    from sklearn.random_projection import GaussianRandomProjection  # slow to import
+
     projection = GaussianRandomProjection(n_components=dimensions, random_state=seed)
     projection.fit(np.zeros((1, components), dtype=np.float32))
 
@@ -88,6 +88,8 @@ def fast_jl_projection(components: int, dimensions: int, seed: int) -> Callable[
     Its kernel rounds to half precision: rows are first scaled, so that none overflows or vanishes. Their projections
     are of the scaled rows.
     """
+    import torch
+
     fast_jl = importlib.import_module(FAST_JL)
 
     def apply(weights: Floats) -> Floats:
@@ -105,6 +107,8 @@ def fast_jl_projection(components: int, dimensions: int, seed: int) -> Callable[
 
 def can_use_fast_jl(dimensions: int) -> bool:
     """Returns whether the package fast-jl and a CUDA device are there, and can project to so many dimensions."""
-    if dimensions % FAST_JL_STEP or not torch.cuda.is_available():
+    if dimensions % FAST_JL_STEP or importlib.util.find_spec(FAST_JL) is None:
         return False
-    return importlib.util.find_spec(FAST_JL) is not None
+    import torch
+
+    return torch.cuda.is_available()

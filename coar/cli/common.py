@@ -6,12 +6,13 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
-from rich.console import Console
-from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A campaign spec (TOML).")]
 CampaignPath = Annotated[str, typer.Argument(metavar="STORE", help="A campaign store.")]
@@ -35,14 +36,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 # Ids and groups are the user's: no markup, no emoji in them.
 _plain: Any = {"markup": False, "emoji": False, "highlight": False}
-_out = Console(**_plain) if sys.stdout.isatty() else Console(width=140, soft_wrap=True, **_plain)
 
 
 def say(text: str, table: pd.DataFrame | None = None) -> None:
     """Prints a sentence, and a table if there is one, to stdout."""
-    _out.print(text)
+    from rich.console import Console
+
+    out = Console(**_plain) if sys.stdout.isatty() else Console(width=140, soft_wrap=True, **_plain)
+    out.print(text)
     if table is not None:
-        _out.print(_rich_table(table))
+        out.print(_rich_table(table))
 
 
 def print_json(value: Any) -> None:
@@ -56,9 +59,11 @@ def records(table: pd.DataFrame) -> Any:
 
 
 def _rich_table(table: pd.DataFrame) -> Table:
+    from rich.table import Table
+
     drawn = Table()
     for name in table.columns:
-        numeric = pd.api.types.is_numeric_dtype(table[name])
+        numeric = table[name].dtype.kind in "biufc"
         drawn.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
     for row in table.itertuples(index=False, name=None):
         drawn.add_row(*(_cell(value) for value in row))

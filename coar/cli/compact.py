@@ -6,10 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ablate.work.progress import progress_bar
 from coar.cli.common import Json, MemoryGiB, Quiet, print_json, say
 from coar.cli.storage import Storage, located
-from stores.maintenance.compact import make_copies, remove_copies
 
 
 def compact(
@@ -29,6 +27,9 @@ def compact(
     A row is all of one example's attributions, or one keep-vector's outputs; a column is all examples of one component,
     or all outputs of one example. The data stays as it is and is what everything else reads; it is checked first.
     """
+    from ablate.work.progress import progress_bar
+    from stores.maintenance.compact import make_copies, remove_copies
+
     place = located(storage, store)
     if remove:
         count = remove_copies(place)

@@ -8,13 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import coar
-from coar.attributions.attributions import OTHER_UNITS
 from coar.cli.common import AttributionsPath, Json, Quiet, print_json, say
 from coar.cli.storage import Storage, located
-from coar.interchange import InterchangeError, export, import_attributions, import_campaign
-from coar.interchange.exporting import sidecar
-from coar.interchange.incumbent import MASKS
-from coar.interchange.units import UNKNOWN
 
 ABOUT = "What the numbers are about"
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -34,6 +29,8 @@ def export_attributions(
     as_json: Json = False,
 ) -> None:
     """Write attributions as Parquet, NPZ, CSV, or .pt as the published code has it."""
+    from coar.interchange.exporting import export, sidecar
+
     path = export(located(storage, attributions), out, format, k=k, overwrite=overwrite)  # type: ignore[arg-type]  # checked there
     beside = [other for name in ("components", "examples") if (other := sidecar(path, name)).exists()]
     written = [path, *(beside if path.suffix in (".parquet", ".csv") else [])]
@@ -103,6 +100,11 @@ def import_files(
     as_json: Json = False,
 ) -> None:
     """Read a campaign or attributions of the published code into a store, checked."""
+    from coar.attributions.attributions import OTHER_UNITS
+    from coar.interchange import InterchangeError, import_attributions, import_campaign
+    from coar.interchange.incumbent import MASKS
+    from coar.interchange.units import UNKNOWN
+
     about: dict[str, Any] = {"spec": spec, "components": components, "examples": examples, "output": output}
     fraction = _fraction(ablate_fraction)
     about |= {"true_means": true_means, "ablate_fraction": fraction, "on_nan": on_nan, "progress": not quiet}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import stores
 from ablate.errors import FAILED
-from ablate.work.progress import progress_bar
 from coar.cli.common import Json, Quiet, print_json, say
 from coar.cli.storage import Storage, located
-from stores.maintenance.verify import Told
+
+if TYPE_CHECKING:
+    from stores.maintenance.verify import Told
 
 AnyStore = Annotated[str, typer.Argument(metavar="STORE", help="A campaign or attribution store.")]
 
@@ -67,6 +68,8 @@ class _Reading:
 
     def _told(self, done: int, total: int) -> None:
         if self._bar is None:
+            from ablate.work.progress import progress_bar
+
             self._bar = progress_bar("read back", total, 0, "block", self._show)
         self._bar.update(done - self._bar.n)
 

@@ -1,4 +1,4 @@
-"""A command line whose commands are imported when they are run: what lists them reads their files, and imports nothing."""
+"""Commands that are imported when they are run: what lists them reads their files, and imports nothing."""
 
 from __future__ import annotations
 

@@ -9,12 +9,8 @@ import typer
 
 import ablate
 import coar
-from coar.attributions.reload import reload_engine
 from coar.cli.common import AttributionsPath, Json, RunCode, print_json, records, say
 from coar.cli.storage import Storage, both_located, located
-from coar.demo import ablation_curve
-from coar.report import plots
-from coar.report.html import edit_section, provenance_section, quality_section, write_report
 
 
 def evaluate(
@@ -29,6 +25,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge attributions on fresh keep-vectors: correlation of predicted with true outputs."""
+    from coar.attributions.reload import reload_engine
+
     opened = coar.open_attributions(located(storage, attributions))
     engine, examples = reload_engine(opened, run_code=run_code)
     result = coar.evaluate(opened, engine, examples, rows=rows, ablate_fraction=ablate_fraction or None, seed=seed)
@@ -58,14 +56,18 @@ def top(
     """Show the components that matter most to one example."""
     opened = coar.open_attributions(located(storage, attributions))
     position = _position(opened, example, name)
-    if figure is not None and figure.suffix.removeprefix(".") not in plots.formats():
-        raise typer.BadParameter(f"--figure is {figure}; its name must end in one of .{', .'.join(plots.formats())}")
+    if figure is not None:
+        _require_format(figure)
     table = opened.top(position, k, sign)  # type: ignore[arg-type]  # both are checked by top()
     if as_json:
         print_json(records(table))
     else:
         say(_about(opened, position), table)
     if figure is not None:
+        from coar.attributions.reload import reload_engine
+        from coar.demo import ablation_curve
+        from coar.report import plots
+
         engine, examples = reload_engine(opened, run_code=run_code)
         curve = ablation_curve(opened, engine, examples, position, min(20, len(opened.index)))
         figure.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +118,8 @@ def report(
     storage: Storage = None,
 ) -> None:
     """Write a self-contained HTML report: quality, layers, the edit, spec and hashes."""
+    from coar.report.html import edit_section, provenance_section, quality_section, write_report
+
     opened = coar.open_attributions(located(storage, attributions))
     sections = [quality_section(opened)]
     if edit_file is not None:
@@ -129,6 +133,13 @@ def report(
     sections.append(provenance_section(opened))
     write_report(out, "Component attributions", opened.store.where, sections)
     say(f"Report: {out}")
+
+
+def _require_format(figure: Path) -> None:
+    from coar.report import plots
+
+    if figure.suffix.removeprefix(".") not in plots.formats():
+        raise typer.BadParameter(f"--figure is {figure}; its name must end in one of .{', .'.join(plots.formats())}")
 
 
 def _position(attributions: coar.Attributions, example: int | None, name: str | None) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stores.storage.places import Location, is_remote, resolve
+if TYPE_CHECKING:
+    from stores.storage.places import Location
 
 Value = str | int | float | bool
 Storage = Annotated[
@@ -37,12 +38,16 @@ def located(storage: list[str] | None, place: str) -> Location:
     Raises:
       StoreError: Options beside a place that they do not belong to, or options that are wrong.
     """
+    from stores.storage.places import resolve
+
     options = storage_options(storage)
     return resolve(place, options) if options else place
 
 
 def both_located(storage: list[str] | None, one: str, two: str) -> tuple[Location, Location]:
     """Returns two places, of which one at least is on object storage if there are options; raises as `located`."""
+    from stores.storage.places import is_remote
+
     remote = [is_remote(place) for place in (one, two)]
     first = located(storage if remote[0] or not remote[1] else None, one)
     return first, located(storage if remote[1] else None, two)

@@ -11,6 +11,6 @@ if TYPE_CHECKING:
     from coar.interchange.exporting import export as export
     from coar.interchange.importing import import_campaign as import_campaign
 else:
-    from stores.on_demand import on_demand
+    from stores.on_demand import on_demand as _on_demand
 
-    __getattr__, __dir__, __all__ = on_demand(globals())
+    __getattr__, __dir__, __all__ = _on_demand(globals())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,7 +13,6 @@ from coar.attributions.attributions import Attributions
 from coar.interchange.errors import InterchangeError
 from coar.interchange.npz import write_npz
 from coar.interchange.tables import write_csv, write_long_parquet, write_parquet
-from coar.interchange.torch_file import write_torch_file
 from stores import AttributionStore, UnfinishedStoreError
 from stores.format.groups import Location
 from stores.storage.places import user_path
@@ -65,7 +65,7 @@ def export(
     _check_k(k, chosen, store.component_count)
     if chosen in ("npz", "pt"):
         with written_whole(target, overwrite) as draft:
-            (write_npz if chosen == "npz" else write_torch_file)(store, draft)
+            _writer(chosen)(store, draft)
         return target
     per_example = chosen == "parquet" and k is None
     beside = sidecar(target, "components" if per_example else "examples")
@@ -78,6 +78,14 @@ def export(
         else:
             write_csv(store, draft, other, k or store.component_count)
     return target
+
+
+def _writer(chosen: str) -> Callable[[AttributionStore, Path], None]:
+    if chosen == "npz":
+        return write_npz
+    from coar.interchange.torch_file import write_torch_file  # which needs torch
+
+    return write_torch_file
 
 
 def sidecar(path: Path, table: str) -> Path:

@@ -61,6 +61,6 @@ if TYPE_CHECKING:
     from coar.metrics.stopping import StopRule as StopRule
     from coar.metrics.stopping import early_stop as early_stop
 else:
-    from stores.on_demand import on_demand
+    from stores.on_demand import on_demand as _on_demand
 
-    __getattr__, __dir__, __all__ = on_demand(globals())
+    __getattr__, __dir__, __all__ = _on_demand(globals())

@@ -10,6 +10,6 @@ if TYPE_CHECKING:
     from coar.planning.planner import Plan as Plan
     from coar.planning.planner import plan as plan
 else:
-    from stores.on_demand import on_demand
+    from stores.on_demand import on_demand as _on_demand
 
-    __getattr__, __dir__, __all__ = on_demand(globals())
+    __getattr__, __dir__, __all__ = _on_demand(globals())

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = {  # lower ones first; a file or folder imports from its own line only itself, and from those above nothing
     "stores": """
-        comparison records
+        on_demand comparison records
         errors
         storage
         format

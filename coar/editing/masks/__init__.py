@@ -3,20 +3,13 @@
 May import: everything in `editing` but `registry`. Start reading in `editor.py`.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from coar.editing.masks.artefact import load_hypernetwork as load_hypernetwork
-    from coar.editing.masks.artefact import save_hypernetwork as save_hypernetwork
-    from coar.editing.masks.binarise import binarise as binarise
-    from coar.editing.masks.controls import RandomMask as RandomMask
-    from coar.editing.masks.editor import HypernetworkMask as HypernetworkMask
-    from coar.editing.masks.editor import MeanMask as MeanMask
-    from coar.editing.masks.meta_training import train_hypernetwork as train_hypernetwork
-    from coar.editing.masks.network import MaskHypernetwork as MaskHypernetwork
-    from coar.editing.masks.settings import MetaSettings as MetaSettings
-    from coar.editing.masks.sweep import density_sweep as density_sweep
-else:
-    from stores.on_demand import on_demand
-
-    __getattr__, __dir__, __all__ = on_demand(globals())
+from coar.editing.masks.artefact import load_hypernetwork as load_hypernetwork
+from coar.editing.masks.artefact import save_hypernetwork as save_hypernetwork
+from coar.editing.masks.binarise import binarise as binarise
+from coar.editing.masks.controls import RandomMask as RandomMask
+from coar.editing.masks.editor import HypernetworkMask as HypernetworkMask
+from coar.editing.masks.editor import MeanMask as MeanMask
+from coar.editing.masks.meta_training import train_hypernetwork as train_hypernetwork
+from coar.editing.masks.network import MaskHypernetwork as MaskHypernetwork
+from coar.editing.masks.settings import MetaSettings as MetaSettings
+from coar.editing.masks.sweep import density_sweep as density_sweep

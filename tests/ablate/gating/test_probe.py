@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import ablate
 from ablate.gating.layouts import ExampleLayout, find_layout
 from ablate.gating.probe import probe
-from ablate.index.components import ComponentIndex, Port
+from ablate.index.components import ComponentIndex
+from ablate.index.table import Port
 
 EXAMPLES, CLASSES = 5, 3
 KINDS = ["conv_filter", "linear_neuron", "qkv_neuron"]
