@@ -8,8 +8,8 @@ May import: `statistics` and errors. Start reading in `checks.py`, then in `accu
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coar.metrics.accuracy import Accuracy as Accuracy
-    from coar.metrics.accuracy import accuracy as accuracy
+    from coar.metrics.accuracies import Accuracy as Accuracy
+    from coar.metrics.accuracies import accuracy as accuracy
     from coar.metrics.admission import Choice as Choice
     from coar.metrics.admission import Setting as Setting
     from coar.metrics.admission import accuracy_drop as accuracy_drop
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from coar.metrics.curves import is_concave as is_concave
     from coar.metrics.curves import is_convex as is_convex
     from coar.metrics.curves import second_differences as second_differences
-    from coar.metrics.drawdown import Drawdown as Drawdown
-    from coar.metrics.drawdown import EditSuccess as EditSuccess
-    from coar.metrics.drawdown import drawdown as drawdown
-    from coar.metrics.drawdown import edit_success as edit_success
+    from coar.metrics.drawdowns import Drawdown as Drawdown
+    from coar.metrics.drawdowns import EditSuccess as EditSuccess
+    from coar.metrics.drawdowns import drawdown as drawdown
+    from coar.metrics.drawdowns import edit_success as edit_success
     from coar.metrics.groups import GroupAccuracy as GroupAccuracy
     from coar.metrics.groups import group_accuracy as group_accuracy
     from coar.metrics.overlap import SelectionOverlap as SelectionOverlap

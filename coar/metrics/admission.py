@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import pandas as pd
 
-from coar.metrics.accuracy import Accuracy
+from coar.metrics.accuracies import Accuracy
 from coar.metrics.checks import MetricError
 
 CAP = 0.25  # percentage points: 125 of 50,000

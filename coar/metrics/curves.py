@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from coar.metrics.accuracy import Accuracy
+from coar.metrics.accuracies import Accuracy
 from coar.metrics.admission import CAP, exact_number
 from coar.metrics.checks import Floats, MetricError
 

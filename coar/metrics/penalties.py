@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from coar.metrics.accuracy import Accuracy
+from coar.metrics.accuracies import Accuracy
 from coar.metrics.checks import MetricError
 
 Task = Literal["original", "editing"]

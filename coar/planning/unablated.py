@@ -18,7 +18,7 @@ from ablate.data.classes import class_count
 from ablate.logits import OutputKey
 from coar.editing.predicting import predictions
 from coar.errors import CoarError
-from coar.metrics.accuracy import Accuracy
+from coar.metrics.accuracies import Accuracy
 
 SECONDS = 5.0  # about how long predicting may take
 MOST = 1024  # examples: enough to tell chance from skill, and 50 % from 53 %

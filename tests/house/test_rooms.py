@@ -190,8 +190,8 @@ def test_no_two_classes_have_one_name() -> None:
 
 def test_no_module_hides_behind_a_public_name() -> None:
     """`import coar.evaluate as m` must not give a function."""
-    faces = {package: MODULES[package] for package in FLOORS}
-    for package, face in faces.items():
+    for package in (*FLOORS, "coar.metrics", "coar.interchange", "coar.planning", "ablate.loading"):
+        face = MODULES[package]
         names = {
             a.asname or a.name
             for n in ast.walk(ast.parse(face.read_text()))

@@ -14,9 +14,9 @@ import pandas as pd
 
 from ablate.files import written_whole
 from coar.errors import CoarError, EditError
-from coar.metrics.accuracy import Accuracy
+from coar.metrics.accuracies import Accuracy
 from coar.metrics.checks import as_classes
-from coar.metrics.drawdown import Drawdown, EditSuccess, drawdown, edit_success
+from coar.metrics.drawdowns import Drawdown, EditSuccess, drawdown, edit_success
 from coar.metrics.pareto import OperatingPoint
 from coar.metrics.rates import (
     GeneralisationRate,

@@ -21,7 +21,7 @@ from coar.editing.judging.edit_predictions import KeptPredictions
 from coar.editing.predicting import Integers, predictions
 from coar.editing.running import BATCH
 from coar.errors import EditError
-from coar.metrics.accuracy import Accuracy
+from coar.metrics.accuracies import Accuracy
 from coar.metrics.corrected import Outcomes, outcomes
 
 
