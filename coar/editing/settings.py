@@ -32,7 +32,7 @@ def problems_of(settings: Any, rules: Callable[[], list[str]]) -> list[str]:
       rules: Returns what is wrong between fields; asked only if all are of their type, so that it may compare them.
     """
     found, comparable = [], True
-    for name, adapter in adapters(type(settings)).items():
+    for name, adapter in adapters(settings.__class__).items():
         value = getattr(settings, name)
         try:
             adapter.validate_python(_plain(value), strict=True)

@@ -25,7 +25,7 @@ import numpy as np
 
 import stores
 from experiments.bench import fault_ray, fault_victims
-from stores.maintenance.verify import open_any
+from stores.opening import open_any
 
 SHARES = {"campaign": 0.4, "estimate": 0.3, "two workers": 0.3}
 PATIENCE = 120.0  # seconds until a process counts as hanging

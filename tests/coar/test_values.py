@@ -55,6 +55,7 @@ INDEX.columns, INDEX.hash, EXAMPLES.hash  # noqa: B018 - what is computed when f
 
 
 def _kinds(base: type) -> Iterator[type]:
+    kind: type
     for kind in base.__subclasses__():
         yield kind
         yield from _kinds(kind)

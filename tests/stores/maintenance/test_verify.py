@@ -24,7 +24,8 @@ from stores import (
     StoreNotFoundError,
     StoreUnreadableError,
 )
-from stores.maintenance.verify import Report, fixed_size, open_any
+from stores.maintenance.verify import Report, fixed_size
+from stores.opening import open_any
 from stores.records import Process, WorkerRecord
 from stores.storage import objects
 from stores.work.worker import Worker
