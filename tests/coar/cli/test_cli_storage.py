@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import typer
 
 import ablate
 import coar
-from coar.cli.app import app
+from coar.cli.app import PANELS, app
 from coar.cli.storage import both_located, located, storage_options
 from stores import CampaignStore, StoreError
 from stores.storage.places import resolve
@@ -23,10 +24,11 @@ from tests.faults.proxy import FaultyProxy
 
 environment, moto, proxy, bucket, url = s3.environment, s3.moto, s3.proxy, s3.bucket, s3.url  # fixtures
 OPENS = {"store", "attributions", "a", "b", "source", "out"}  # parameters that name a store, if they are text
-COMMANDS = {c.name: c.callback for c in app.registered_commands if c.name is not None and c.callback is not None}
+PLACES = {name: place.split(":") for commands in PANELS.values() for name, place in commands.items()}
+COMMANDS = {name: getattr(import_module(module), function) for name, (module, function) in PLACES.items()}
 
 
-def _texts(command: Callable[..., None]) -> set[str]:
+def _texts(command: Callable[..., Any]) -> set[str]:
     """Returns the parameters of a command that are text; those that are files' paths are no places of stores."""
     kinds = {
         name: parameter.annotation for name, parameter in inspect.signature(command, eval_str=True).parameters.items()

@@ -17,7 +17,8 @@ import ablate
 from ablate.errors import SpecError
 from ablate.work.loop import Sharing
 from coar.cli.workers.command import Workers, with_workers
-from coar.cli.workers.flags import OptionalRay, WorkerFlags
+from coar.cli.workers.flags import WorkerFlags
+from coar.cli.workers.optional_ray import OptionalRay
 from stores import CampaignStore, FailedBlocksError
 from stores.records import Attempt
 from stores.work.worklog import WorkLog
