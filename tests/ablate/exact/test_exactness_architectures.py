@@ -1,7 +1,8 @@
 """Law 1 on the architectures people use: literal zeroing, weight gating, activation gating and gradients agree.
 
 Weights, biases and statistics are random. The quick list holds small members of each family, the slow one the models
-themselves, on small images.
+themselves, on small images: with every layer they have, and a quarter of the channels, for a layer is gated alike at
+any width. Resnet18 and one block of a ViT-B have all their channels, so rounding is seen at the widths people use.
 """
 
 from __future__ import annotations
@@ -46,12 +47,32 @@ def _torchvision_class(name: str, *arguments: Any, **options: Any) -> nn.Module:
     return model
 
 
+def _resnet50() -> nn.Module:
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    model: nn.Module = ResNet(Bottleneck, [3, 4, 6, 3], num_classes=CLASSES, width_per_group=16)
+    return model
+
+
 def _vgg16() -> nn.Module:
-    """All of vgg16_bn, but that its first linear layer reads one place of the image instead of 49."""
-    model: Any = _torchvision("vgg16_bn")
-    model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
+    """Its first linear layer reads one place of the image instead of 49."""
+    from torchvision.models.vgg import VGG, cfgs, make_layers
+
+    thin = [width if isinstance(width, str) else width // 4 for width in cfgs["D"]]
+    model = VGG(make_layers(thin, batch_norm=True), num_classes=CLASSES)
+    model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(128, 1024)
+    model.classifier[3], model.classifier[6] = nn.Linear(1024, 1024), nn.Linear(1024, CLASSES)
     found: nn.Module = model
     return found
+
+
+def _convnext_tiny() -> nn.Module:
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    widths = (24, 48, 96, 192, None)
+    stages = [CNBlockConfig(widths[i], widths[i + 1], layers) for i, layers in enumerate((3, 3, 9, 3))]
+    model: nn.Module = ConvNeXt(stages, num_classes=CLASSES)
+    return model
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
@@ -174,35 +195,34 @@ QUICK: dict[str, Architecture] = {
     "llama": Architecture(_llama, TRANSFORMER, size=0, step=1e-4),
 }
 SLOW: dict[str, Architecture] = {
-    "tv-resnet18": Architecture(lambda: _torchvision("resnet18"), ("conv_filter",)),
-    "tv-resnet18-branches": Architecture(lambda: _torchvision("resnet18"), BRANCHES),
-    "tv-resnet50": Architecture(lambda: _torchvision("resnet50"), CONVOLUTIONS),
-    "tv-vgg16_bn": Architecture(_vgg16, CONVOLUTIONS, gradients=False),
+    "tv-resnet18": Architecture(lambda: _torchvision("resnet18"), BRANCHES),
+    "tv-resnet50": Architecture(_resnet50, CONVOLUTIONS),
+    "tv-vgg16_bn": Architecture(_vgg16, CONVOLUTIONS),
     "tv-vit-b-widths": Architecture(
-        lambda: _torchvision_class("VisionTransformer", 32, 16, 2, 12, 768, 3072), TRANSFORMER
+        lambda: _torchvision_class("VisionTransformer", 32, 16, 1, 12, 768, 3072), TRANSFORMER
     ),
-    "tv-swin_t": Architecture(lambda: _torchvision("swin_t"), TRANSFORMER, gradients=False),
-    "tv-convnext_tiny": Architecture(lambda: _torchvision("convnext_tiny"), TRANSFORMER, gradients=False),
+    "tv-swin_t": Architecture(
+        lambda: _torchvision_class("SwinTransformer", [4, 4], 24, [2, 2, 6, 2], [3, 6, 12, 24], [7, 7]), TRANSFORMER
+    ),
+    "tv-convnext_tiny": Architecture(_convnext_tiny, TRANSFORMER),
     "tv-mobilenet": Architecture(lambda: _torchvision("mobilenet_v3_small"), ("conv_filter",)),
-    "timm-vit_small": Architecture(lambda: _timm("vit_small_patch16_224", img_size=32), TRANSFORMER),
-    "timm-vit_small-unfused": Architecture(lambda: _unfused("vit_small_patch16_224", img_size=32), TRANSFORMER),
-    "timm-swin_tiny": Architecture(
-        lambda: _timm("swin_tiny_patch4_window7_224", img_size=64, window_size=2), TRANSFORMER, 64, gradients=False
+    "timm-vit_small": Architecture(
+        lambda: _timm("vit_small_patch16_224", img_size=32, embed_dim=96, num_heads=6), TRANSFORMER
     ),
-    "timm-convnext_tiny": Architecture(lambda: _timm("convnext_tiny"), TRANSFORMER, gradients=False),
-    "timm-efficientnet_b0": Architecture(lambda: _timm("efficientnet_b0"), BRANCHES),
+    "timm-swin_tiny": Architecture(
+        lambda: _timm("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24), TRANSFORMER, 64
+    ),
+    "timm-convnext_tiny": Architecture(lambda: _timm("convnext_tiny", dims=(24, 48, 96, 192)), TRANSFORMER),
+    "timm-efficientnet_b0": Architecture(lambda: _timm("efficientnet_b0"), BRANCHES, gradients=False),
     "clip-RN50": Architecture(
-        lambda: ZeroShot(_clip_tower(1024, layers=[3, 4, 6, 3], width=64, image_size=64), 1024), TRANSFORMER, 64
+        lambda: ZeroShot(_clip_tower(256, layers=[3, 4, 6, 3], width=16, image_size=64), 256), TRANSFORMER, 64
     ),
     "clip-ViT-B-32": Architecture(
-        lambda: ZeroShot(_clip_tower(512, layers=12, width=768, patch_size=32, image_size=64), 512),
-        TRANSFORMER,
-        64,
-        gradients=False,
+        lambda: ZeroShot(_clip_tower(128, layers=12, width=192, patch_size=32, image_size=64), 128), TRANSFORMER, 64
     ),
     "clip-ViT-B-32-head": Architecture(
         lambda: nn.Sequential(
-            _clip_tower(512, layers=2, width=768, patch_size=32, image_size=64), nn.Linear(512, CLASSES)
+            _clip_tower(128, layers=2, width=192, patch_size=32, image_size=64), nn.Linear(128, CLASSES)
         ),
         ("linear_neuron", "qkv_neuron"),
         64,
