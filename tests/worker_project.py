@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections import Counter
@@ -24,7 +22,7 @@ import torch
 
 from stores.records import WorkerRecord
 from stores.work.worklog import WorkLog
-from tests.signals import default_signals
+from tests import forking
 
 MODEL = """
 import json, os, signal, time
@@ -115,23 +113,16 @@ class Project:
             return process.returncode, out, err
 
     @contextmanager
-    def start(self, *words: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    def start(self, *words: object, **environment: str) -> Iterator[forking.Told]:
         """Starts the command line in the folder; whatever happens, no process of it is left in the end."""
         tag = uuid.uuid4().hex
-        with default_signals():
-            process = subprocess.Popen(
-                [sys.executable, "-m", "coar", *map(str, words)],
-                cwd=self.folder, env=self.environment(TINY_START=tag, **environment), text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
+        variables = self.environment(TINY_START=tag, **environment)
+        process = forking.start("-m", "coar", *words, cwd=self.folder, environment=variables)
         try:
-            with process:
-                try:
-                    yield process
-                finally:
-                    if process.poll() is None:
-                        process.kill()
+            yield process
         finally:
+            process.kill()
+            process.wait()
             for pid in _processes(f"TINY_START={tag}"):
                 os.kill(pid, signal.SIGKILL)
 
@@ -171,7 +162,7 @@ class Project:
 
 
 def _processes(variable: str) -> list[int]:
-    """Returns the processes that have a variable in their environment."""
+    """Returns the processes that were given a variable: forked ones, and others."""
 
     def has_it(pid: int) -> bool:
         try:
@@ -181,7 +172,8 @@ def _processes(variable: str) -> list[int]:
             return False
         return pid != os.getpid() and variable.encode() in variables and state not in "ZX"
 
-    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if has_it(pid)]
+    others = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if has_it(pid)]
+    return forking.alive(variable) + others
 
 
 def files(path: Path) -> dict[str, bytes]:
