@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,27 +84,31 @@ class Told(Forked):
 
 
 class Started(Forked):
-    """A process that a forked one has started with `subprocess.Popen`, by the arguments that the toolkit gives."""
+    """A worker that a forked command has started: it holds a pipe to its stdin and one from its stderr."""
 
-    def __init__(
-        self, command: Sequence[str], *, stdin: int, stdout: int, stderr: int, env: Mapping[str, str], text: bool,
-        errors: str, start_new_session: bool,
-    ) -> None:  # fmt: skip
-        asked = (command[0], stdin, stdout, stderr, text)
-        assert asked == (sys.executable, subprocess.PIPE, subprocess.DEVNULL, subprocess.PIPE, True), asked
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], errors: str, start_new_session: bool) -> None:
         (its_stdin, my_stdin), (my_stderr, its_stderr) = os.pipe(), os.pipe()
         how = {"cwd": os.getcwd(), "environment": dict(env), "strict": False, "session": start_new_session}
         with open(os.devnull, "w") as nothing:
             super().__init__(os.environ["FORK_SERVER"], command[1:], [its_stdin, nothing.fileno(), its_stderr], **how)
         os.close(its_stdin)
         os.close(its_stderr)
-        self.stdin: IO[str] = open(my_stdin, "w")
-        self.stderr: IO[str] = open(my_stderr, errors=errors)
+        self.stdin: IO[str] = os.fdopen(my_stdin, "w")
+        self.stderr: IO[str] = os.fdopen(my_stderr, errors=errors)
 
 
-def start(
-    *words: object, cwd: Path = ROOT, environment: Mapping[str, str] | None = None, strict: bool = False
-) -> Told:
+class ForkingPopen(subprocess.Popen[Any]):
+    """In a forked process, what starts workers as the toolkit does forks them, too; anything else is started."""
+
+    def __new__(cls, command: Any, *_: Any, **how: Any) -> Any:
+        """Returns a `Started` for a command of this Python with the pipes of a worker."""
+        pipes = (how.pop("stdin", None), how.pop("stdout", None), how.pop("stderr", None), how.pop("text", None))
+        if pipes == (subprocess.PIPE, subprocess.DEVNULL, subprocess.PIPE, True) and command[0] == sys.executable:
+            return Started(command, **how)
+        return super().__new__(cls)
+
+
+def start(*words: object, cwd: Path = ROOT, environment: Mapping[str, str] | None = None, strict: bool = False) -> Told:
     """Starts `python *words`: `-m module`, `-c code` or a file, and arguments. `strict`: as with `-W error`."""
     folder = _server()
     address = str(folder / "socket")
@@ -121,23 +126,23 @@ def alive(variable: str) -> list[int]:
 @cache
 def _server() -> Path:
     """Starts the server; returns its folder. It ends with this process, whose end closes its standard input."""
-    folder = tempfile.TemporaryDirectory(prefix="forking-")
-    address = f"{folder.name}/socket"
+    folder = Path(tempfile.mkdtemp(prefix="forking-"))
+    address = str(folder / "socket")
     server = subprocess.Popen([sys.executable, "-u", __file__, address], cwd=ROOT, stdin=subprocess.PIPE)
+    atexit.register(_stop, server, folder)
     deadline = time.monotonic() + 120
     while not os.path.exists(address):
         assert server.poll() is None, "the server ended"
         assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.02)
-    atexit.register(_stop, server, folder)
-    return Path(folder.name)
+    return folder
 
 
-def _stop(server: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
+def _stop(server: subprocess.Popen[bytes], folder: Path) -> None:
     assert server.stdin is not None
     server.stdin.close()
     server.wait(30)
-    folder.cleanup()
+    shutil.rmtree(folder)
 
 
 def _ask(server: str, question: dict[str, Any], files: Sequence[int] = ()) -> Any:
@@ -170,7 +175,8 @@ def _serve(address: str) -> list[str]:
                     answer = os.waitstatus_to_exitcode(status) if pid else None
                     started.pop(pid, None)
                 else:
-                    answer = [pid for pid, variables in started.items() if question["alive"] in variables and _runs(pid)]
+                    mine = [pid for pid, variables in started.items() if question["alive"] in variables]
+                    answer = [pid for pid in mine if _runs(pid)]
                 for file in files:
                     os.close(file)
                 connection.send(json.dumps(answer).encode())
@@ -191,7 +197,7 @@ def _become(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    subprocess.Popen = Started  # type: ignore[misc, assignment]
+    subprocess.Popen = ForkingPopen  # type: ignore[misc]
     if session:
         os.setsid()
     if strict:
@@ -245,8 +251,13 @@ if __name__ == "__main__":
 
     import ablate
     import coar
-    import coar.cli
+    import coar.__main__
 
-    _USED = (ablate.run, coar.fit, coar.estimate, coar.cli.main)  # what is loaded when it is first used is loaded here
+    _USED = (
+        ablate.run,
+        coar.fit,
+        coar.estimate,
+        coar.__main__.main,
+    )  # else loaded when first used
     torch.set_num_threads(1)
     _end(_exit_code(_serve(sys.argv[1])))

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import runpy
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +13,22 @@ import torch
 
 import ablate
 from stores import CampaignStore
+from tests import forking
+from tests.forking import Told
 
 VICTIM = Path(__file__).with_name("victim.py")
 SmallSpec = Callable[..., ablate.CampaignSpec]
-
-
-class Victim:
-    """Runs the small campaign in processes of their own, one at a time; see `victim.serve`."""
-
-    def __init__(self, server: subprocess.Popen[str]) -> None:
-        self._server = server
-        self.pid = 0
-
-    def start(self, store: Path, delay: float = 0.0, point: str = "") -> None:
-        """Starts a process that runs the campaign into `store`."""
-        assert self._server.stdin is not None
-        job = {"store": str(store), "threads": torch.get_num_threads(), "delay": delay, "point": point}
-        self._server.stdin.write(json.dumps(job) + "\n")
-        self._server.stdin.flush()
-        self.pid = self._read()
-
-    def kill(self) -> None:
-        """kill -9."""
-        os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self) -> int:
-        """Returns the exit code when the process has ended; -9 if it was killed."""
-        return self._read()
-
-    def _read(self) -> int:
-        assert self._server.stdout is not None
-        return int(self._server.stdout.readline())
+StartVictim = Callable[..., Told]
 
 
 @pytest.fixture(scope="session")
-def victim() -> Iterator[Victim]:
-    """A program that runs the small campaign in processes that may be killed."""
-    command = [sys.executable, "-W", "error", str(VICTIM)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        yield Victim(server)
-        assert server.stdin is not None
-        server.stdin.close()
-        assert server.wait(30) == 0
+def victim() -> StartVictim:
+    """`victim(store, delay=0.0, point="")`: starts the small campaign in a process that may be killed."""
+
+    def start(store: object, delay: float = 0.0, point: str = "") -> Told:
+        return forking.start(VICTIM, store, torch.get_num_threads(), delay, point, strict=True)
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ objects in memory: how durable real storage is cannot be seen here.
 
 from __future__ import annotations
 
+import atexit
 import http.client
 import importlib.util
 import os
@@ -15,6 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,32 +34,40 @@ missing = [name for name in ("moto", "obstore") if importlib.util.find_spec(name
 needs_server = pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}, of the extra `dev`")
 
 
-@pytest.fixture(scope="session")
-def moto() -> Iterator[int]:
-    """The port of an S3 server on 127.0.0.1."""
+@cache
+def _server() -> int:
+    """Starts an S3 server on 127.0.0.1 that ends with this process; returns its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as server:
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    atexit.register(_stop, server)
+    deadline = time.monotonic() + 60
+    while True:
+        assert server.poll() is None, "moto's server has ended"
+        assert time.monotonic() < deadline, "moto's server does not answer"
         try:
-            deadline = time.monotonic() + 60
-            while True:
-                assert server.poll() is None, "moto's server has ended"
-                assert time.monotonic() < deadline, "moto's server does not answer"
-                try:
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield port
-        finally:
-            server.terminate()
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return port
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def moto() -> int:
+    """The port of the S3 server, the same one for all modules."""
+    return _server()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def test_a_fit_on_a_running_campaign_is_that_of_its_finished_blocks(
     tmp_path: Path, victim: Any, undisturbed: Path
 ) -> None:
     path = tmp_path / "campaign.zarr"
-    victim.start(path, delay=0.06)
+    process = victim(path, delay=0.06)
     deadline = time.monotonic() + 60
     while len(list((path / "ledger" / "c").glob("*/0"))) < 3:
         assert time.monotonic() < deadline, "never finished three blocks"
@@ -32,8 +32,8 @@ def test_a_fit_on_a_running_campaign_is_that_of_its_finished_blocks(
 
     rows = fitted.header["identity"]["rows"]
     assert 21 <= len(before) <= rows <= len(after)
-    victim.kill()
-    assert victim.wait() == -9, "the campaign ran while it was fitted"
+    process.kill()
+    assert process.wait() == -9, "the campaign ran while it was fitted"
     assert len(after) < 40
 
     # the same rows of the finished campaign, and no others, give the same attributions

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import torch
 
 import ablate
 from stores import CampaignStore, StoreNotFoundError
+from tests.forking import Told
 
 pytestmark = pytest.mark.faults
 
@@ -41,11 +41,13 @@ def _check_finished_blocks_only(path: Path, undisturbed: Path) -> CampaignStore:
 
 
 @pytest.mark.slow
-def test_kill_9_and_the_same_command_again(tmp_path: Path, undisturbed: Path, files: Files) -> None:
+def test_kill_9_and_the_same_command_again(
+    tmp_path: Path, victim: Callable[..., Told], undisturbed: Path, files: Files
+) -> None:
     path = tmp_path / "campaign.zarr"
-    command = [sys.executable, "-W", "error", str(VICTIM), str(path), str(torch.get_num_threads())]
+    command = [sys.executable, "-W", "error", str(VICTIM), str(path), str(torch.get_num_threads()), "0.02"]
 
-    with subprocess.Popen([*command, "0.02"]) as process:
+    with subprocess.Popen(command) as process:
         deadline = time.monotonic() + 60
         while _marks(path) < 2:
             assert process.poll() is None, "ended before it could be killed"
@@ -58,7 +60,7 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path, undisturbed: Path, fi
     assert 2 <= store.progress.finished_blocks < 6
     assert not store.progress.complete
 
-    subprocess.run([*command, "0"], check=True, timeout=60)
+    assert victim(path).wait(60) == 0
 
     assert files(path) == files(undisturbed)
 
@@ -80,7 +82,7 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path, undisturbed: Path, fi
 )
 def test_killed_at_a_chosen_point(
     tmp_path: Path,
-    victim: Any,
+    victim: Callable[..., Told],
     undisturbed: Path,
     small_spec: Callable[..., ablate.CampaignSpec],
     files: Files,
@@ -88,8 +90,7 @@ def test_killed_at_a_chosen_point(
     finished: list[int] | None,
 ) -> None:
     path = tmp_path / "campaign.zarr"
-    victim.start(path, point=point)
-    assert victim.wait() == -signal.SIGKILL
+    assert victim(path, point=point).wait(60) == -signal.SIGKILL
 
     if finished is None:
         with pytest.raises(StoreNotFoundError, match="nothing is there"):
@@ -105,20 +106,19 @@ def test_killed_at_a_chosen_point(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_again_and_again_at_random(
-    tmp_path: Path, victim: Any, undisturbed: Path, files: Files, seed: int
+    tmp_path: Path, victim: Callable[..., Told], undisturbed: Path, files: Files, seed: int
 ) -> None:
     path = tmp_path / "campaign.zarr"
     moments = random.Random(seed)  # noqa: S311
     for kills in range(8):
-        victim.start(path, delay=0.05)
+        process = victim(path, delay=0.05)
         time.sleep(moments.uniform(0.0, 0.8))
-        victim.kill()
-        assert victim.wait() == -signal.SIGKILL or kills > 0  # all of it takes 2 seconds
+        process.kill()
+        assert process.wait() == -signal.SIGKILL or kills > 0  # all of it takes 2 seconds
         if path.exists():
             _check_finished_blocks_only(path, undisturbed)
 
-    victim.start(path)
-    assert victim.wait() == 0
+    assert victim(path).wait(60) == 0
     assert files(path) == files(undisturbed)

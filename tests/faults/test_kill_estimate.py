@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,42 +12,32 @@ import pytest
 
 import stores
 from stores import AttributionStore
+from tests import forking
+from tests.forking import Told
 
 pytestmark = pytest.mark.faults
 
 PROGRAM = """
 import sys, time, runpy
-import torch, coar
-torch.set_num_threads(1)
+import coar
 victim = runpy.run_path(sys.argv[2])
 model, delay = victim["small_model"](), float(sys.argv[3])
 model.register_forward_pre_hook(lambda module, inputs: time.sleep(delay))
-print("ready", flush=True)
 coar.estimate(model, victim["small_examples"](), passes=6, ablate_fraction=0.2, seed=5, quality_rows=10,
     block_examples=2, store=sys.argv[1])
 """
 
 
-def _start(path: Path, delay: float) -> subprocess.Popen[str]:
+def _start(path: Path, delay: float) -> Told:
     """Returns a process that is about to estimate into `path`; each forward takes `delay` seconds longer."""
-    victim = str(Path(__file__).with_name("victim.py"))
-    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(path), victim, str(delay)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def _finish(process: subprocess.Popen[str]) -> int:
-    with process:
-        return process.wait(60)
+    return forking.start("-c", PROGRAM, path, Path(__file__).with_name("victim.py"), delay, strict=True)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished store of the estimate. Not to be changed."""
     path = tmp_path_factory.mktemp("undisturbed") / "a.zarr"
-    assert _finish(_start(path, 0.0)) == 0
+    assert _start(path, 0.0).wait(60) == 0
     return path
 
 
@@ -66,9 +54,9 @@ def _check_finished_blocks(path: Path, undisturbed: Path) -> int:
     return int(finished.sum())
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    process.send_signal(signal.SIGKILL)
-    assert _finish(process) == -signal.SIGKILL
+def _kill(process: Told) -> None:
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -82,7 +70,7 @@ def test_kill_9_and_the_same_estimate_again(tmp_path: Path, undisturbed: Path) -
         time.sleep(0.005)
     _kill(process)
     assert 2 <= _check_finished_blocks(path, undisturbed) < 5
-    assert _finish(_start(path, 0.0)) == 0
+    assert _start(path, 0.0).wait(60) == 0
     assert _files(path) == _files(undisturbed)
     assert stores.verify(path).sound
 
@@ -95,11 +83,11 @@ def test_killed_again_and_again_at_random(tmp_path: Path, undisturbed: Path) -> 
         process = _start(path, 0.03)
         time.sleep(moments.uniform(0.0, 1.0))
         if process.poll() is not None:
-            assert _finish(process) == 0
+            assert process.wait(60) == 0
             break
         _kill(process)
         if path.exists():
             before, finished = finished, _check_finished_blocks(path, undisturbed)
             assert finished >= before, "what was finished stays"
-    assert _finish(_start(path, 0.0)) == 0
+    assert _start(path, 0.0).wait(60) == 0
     assert _files(path) == _files(undisturbed)

@@ -9,24 +9,24 @@ from __future__ import annotations
 import json
 import logging
 import re
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import ablate
 import coar
 from stores import AttributionStore, CampaignStore, StoreError, StoreExistsError, StoreNotFoundError
 from stores.storage.places import resolve
 from stores.storage.retrying import StorageError
+from tests import forking
 from tests.faults import s3
 from tests.faults.proxy import BUSY, DENIED, RESET, UNCONDITIONAL, FaultyProxy
 from tests.faults.s3 import KEY, SECRET, TOKEN, Contents, Files, SmallSpec, assert_same_store, data
+from tests.forking import Told
 
 environment, moto, proxy, bucket = s3.environment, s3.moto, s3.proxy, s3.bucket  # fixtures
 contents, short, url = s3.contents, s3.short, s3.url
@@ -37,8 +37,6 @@ pytestmark = [
     pytest.mark.usefixtures("environment"),
     s3.needs_server,
 ]
-
-VICTIM = Path(__file__).with_name("victim.py")
 
 
 def test_a_campaign_is_stored_as_on_a_local_disk_and_read_from_there(
@@ -125,10 +123,9 @@ def test_a_stopped_campaign_goes_on_and_writes_no_finished_block_again(
 
 @pytest.mark.slow
 def test_two_programs_that_start_at_once_share_the_work(
-    url: str, undisturbed: Path, files: Files, contents: Contents
+    url: str, victim: Callable[..., Told], undisturbed: Path, files: Files, contents: Contents
 ) -> None:
-    command = [sys.executable, "-W", "error", str(VICTIM), url, str(torch.get_num_threads()), "0.02"]
-    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    workers = [victim(url, delay=0.02) for _ in range(2)]
     try:
         for worker in workers:
             _, errors = worker.communicate(timeout=100)
@@ -166,10 +163,8 @@ CampaignStore.create(sys.argv[1], header={}, components=columns, examples=column
 def test_a_killed_creator_leaves_nothing_that_is_in_the_way(
     url: str, contents: Contents, tmp_path: Path, files: Files, objects: int
 ) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-c", CREATE_AND_DIE, url, str(objects), "7"], check=False, timeout=60, capture_output=True
-    )
-    assert killed.returncode == -9, killed.stderr
+    killed = forking.start("-c", CREATE_AND_DIE, url, objects, 7)
+    assert killed.wait(60) == -9, killed.communicate()[1]
     assert any(key.startswith("work/creating/") for key in contents(url))
     with pytest.raises(StoreNotFoundError):
         CampaignStore.open(url)

@@ -46,7 +46,7 @@ def check(project: Project, undisturbed: Project, name: str = "campaign.zarr") -
 
 def test_kill_9_of_one_of_two_costs_at_most_its_block(project: Project, undisturbed: Project) -> None:
     with project.start(
-        "ablate", "spec.toml", "--devices", "cpu,cpu", TINY_DELAY="0.15", TINY_STORE="campaign.zarr"
+        "ablate", "spec.toml", "--devices", "cpu,cpu", TINY_DELAY="0.08", TINY_STORE="campaign.zarr"
     ) as process:
         victim = project.wait_for_workers(2)[0]
         kill(victim.process.pid)
@@ -61,7 +61,7 @@ def test_kill_9_of_one_of_two_costs_at_most_its_block(project: Project, undistur
 
 def test_two_commands_started_by_hand_share_and_one_is_killed(project: Project, undisturbed: Project) -> None:
     """Nothing looks after these: the other one takes the block over, since the process of its lease is dead."""
-    environment = {"TINY_DELAY": "0.15", "TINY_STORE": "campaign.zarr"}
+    environment = {"TINY_DELAY": "0.08", "TINY_STORE": "campaign.zarr"}
     with (
         project.start("ablate", "spec.toml", "--quiet", "--worker", "0/2", **environment) as first,
         project.start("ablate", "spec.toml", "--quiet", "--worker", "1/2", **environment) as second,
@@ -78,7 +78,7 @@ def test_two_commands_started_by_hand_share_and_one_is_killed(project: Project, 
 def test_an_estimate_by_two_of_which_one_is_killed(project: Project, undisturbed: Project) -> None:
     store = project.folder / "campaign-estimate.zarr"
     options = ("--block-examples", 3, "--quality-rows", 10, "--workers", 2)
-    with project.start("estimate", "spec.toml", *options, TINY_DELAY="0.15") as process:
+    with project.start("estimate", "spec.toml", *options, TINY_DELAY="0.08") as process:
         victim = project.wait_for_workers(2, store)[1]
         kill(victim.process.pid)
         out, err = process.communicate(timeout=120)
@@ -125,7 +125,7 @@ def test_told_to_stop_nothing_is_left_running_and_the_same_command_goes_on(
     project: Project, undisturbed: Project, number: signal.Signals
 ) -> None:
     command = ("ablate", "spec.toml", "--devices", "cpu,cpu", "--quiet")
-    with project.start(*command, TINY_DELAY="0.15") as process:
+    with project.start(*command, TINY_DELAY="0.08") as process:
         project.wait_for_workers(2)
         project.wait_for_blocks(1)
         process.send_signal(number)
@@ -145,7 +145,7 @@ def test_told_to_stop_nothing_is_left_running_and_the_same_command_goes_on(
 
 def test_workers_end_when_the_command_that_started_them_is_killed(project: Project, undisturbed: Project) -> None:
     command = ("ablate", "spec.toml", "--devices", "cpu,cpu", "--quiet")
-    with project.start(*command, TINY_DELAY="0.15") as process:
+    with project.start(*command, TINY_DELAY="0.08") as process:
         project.wait_for_workers(2)
         kill(process.pid)
         process.wait(30)
@@ -157,7 +157,7 @@ def test_workers_end_when_the_command_that_started_them_is_killed(project: Proje
 def test_a_worker_that_slept_past_its_lease_changes_nothing(project: Project, undisturbed: Project) -> None:
     """Stopped (as a laptop is closed) for longer than its lease, then woken up, while another has gone on."""
     options = ("ablate", "spec.toml", "--quiet", "--lease-seconds", "0.5")
-    with project.start(*options, "--worker", "0/2", TINY_DELAY="0.15") as sleeper:
+    with project.start(*options, "--worker", "0/2", TINY_DELAY="0.08") as sleeper:
         [record] = project.wait_for_workers(1)
         os.kill(sleeper.pid, signal.SIGSTOP)
         with project.start(*options, "--worker", "1/2") as other:
@@ -175,7 +175,7 @@ def test_a_worker_that_slept_past_its_lease_changes_nothing(project: Project, un
 def test_one_of_two_killed_again_and_again(project: Project, undisturbed: Project) -> None:
     """Whenever two more blocks are finished, a worker that is at one is killed, until nearly all is done."""
     kills = 0
-    with project.start("ablate", "spec.toml", "--devices", "cpu,cpu", "--quiet", TINY_DELAY="0.3") as process:
+    with project.start("ablate", "spec.toml", "--devices", "cpu,cpu", "--quiet", TINY_DELAY="0.1") as process:
         deadline = time.monotonic() + 400
         for finished in range(1, BLOCKS - 1, 2):
             project.wait_for_blocks(finished, seconds=120)

@@ -1,18 +1,16 @@
 """One small campaign, and a program that runs it slowly so that a test can kill it.
 
-`victim.py STORE THREADS DELAY` runs it once; `victim.py` alone runs it as often as it is asked to, see `serve`. Tests
-load `small_spec` from here, so that the program and the tests mean the same campaign: 10 components, 40 keep rows in 5
-blocks of 7 and one of 5, on 9 examples.
+`victim.py STORE THREADS DELAY [POINT]` runs it; with a POINT, the process dies there. Tests load `small_spec` from
+here, so that the program and the tests mean the same campaign: 10 components, 40 keep rows in 5 blocks of 7 and one of
+5, on 9 examples.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -119,32 +117,5 @@ def run(store: str, threads: int, delay: float, point: str = "") -> None:
     ablate.run(spec, store, progress=False)
 
 
-def serve() -> None:
-    """Runs what each line of stdin asks for in a process of its own, without the seconds that importing torch takes.
-
-    Prints the process's id when it has started and its exit code when it has ended. The id stays taken until the next
-    line, so that a kill that comes too late hits nobody else.
-    """
-    child = 0
-    for line in sys.stdin:
-        if child:
-            os.waitpid(child, 0)
-        child = os.fork()
-        if child == 0:
-            try:
-                run(**json.loads(line))
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        print(child, flush=True)  # noqa: T201
-        end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-        assert end is not None
-        print(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status, flush=True)  # noqa: T201
-
-
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        serve()
-    else:
-        run(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+    run(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:])

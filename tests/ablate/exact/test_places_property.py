@@ -296,7 +296,7 @@ def test_gradients_that_are_cut_are_refused_and_no_others(how: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(steps, min_size=1, max_size=3).map(tuple),
     st.integers(1, 6),

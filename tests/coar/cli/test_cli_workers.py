@@ -22,6 +22,7 @@ from coar.cli.workers.optional_ray import OptionalRay
 from stores import CampaignStore, FailedBlocksError
 from stores.records import Attempt
 from stores.work.worklog import WorkLog
+from tests import forking
 from tests.worker_project import Project, files
 
 Run = Callable[..., tuple[int, str, str]]
@@ -179,12 +180,12 @@ def test_one_process_beside_others_by_hand(undisturbed: Project, project: Projec
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_another_campaigns_store_is_refused_once(run: Run, project: Project) -> None:
+def test_another_campaigns_store_is_refused_once(project: Project) -> None:
     project.coar("ablate", "spec.toml", "--quiet")
     (project.store / "ledger" / "c" / "3" / "0").unlink()
     spec = project.folder / "spec.toml"
     spec.write_text(spec.read_text().replace("seed = 5", "seed = 6"))
-    code, out, err = run("ablate", "spec.toml", "--devices", "cpu,cpu", "--quiet")
+    code, out, err = project.coar("ablate", "spec.toml", "--devices", "cpu,cpu", "--quiet")
     assert (code, out) == (4, "")
     assert err == (
         "error: Campaign campaign.zarr was made from something else. What differs (stored -> now):\n"
@@ -273,11 +274,10 @@ def test_what_an_actor_runs(project: Project, undisturbed: Project, tmp_path: Pa
         "print(run_command_here(words, spec, pathlib.Path(sys.argv[1]).read_text(), folder, 1, 0, 1))\n"
     )
     spec = (project.folder / "spec.toml").rename(tmp_path / "elsewhere.toml")
-    command = [sys.executable, str(program), str(spec), str(project.folder)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
-    assert (done.stdout, done.stderr) == ("(0, '')\n", "")
+    command = (program, spec, project.folder)
+    assert forking.start(*command, cwd=tmp_path).communicate() == ("(0, '')\n", "")
     assert files(project.store) == files(undisturbed.store)
     spec.write_text("rows = = 1")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
-    assert "gone.toml: 1 problem\\n  1. is no TOML:" in done.stdout
-    assert done.stdout.startswith("(2, ")
+    told, _ = forking.start(*command, cwd=tmp_path).communicate()
+    assert "gone.toml: 1 problem\\n  1. is no TOML:" in told
+    assert told.startswith("(2, ")

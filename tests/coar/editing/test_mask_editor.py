@@ -35,6 +35,7 @@ from coar.editing.methods.finetune import FineTuning
 from coar.editing.request import Request
 from coar.editing.training.descent import Descent, descend
 from coar.errors import EditError, EditMismatchError
+from tests.networks import vgg11_bn
 
 Untouched = Callable[..., AbstractContextManager[None]]
 SETTINGS = MetaSettings.preset("code", iterations=3, batch=2, free_steps=2, inner_steps=1, blocks=1, width=8, rate=1e-2)
@@ -339,8 +340,10 @@ def test_published_models_at_a_small_resolution(name: str, sides: int, bits: int
     model: nn.Module
     if name == "vit_tiny":
         model = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=sides)
+    elif name == "vgg11_bn":
+        model = vgg11_bn(7)
     else:
-        model = getattr(torchvision.models, name)(num_classes=7)
+        model = torchvision.models.resnet18(num_classes=7)
     model.eval()
     inputs = torch.randn(6, 3, sides, sides)
     request = Request(inputs[:2], torch.tensor([1, 2]), reference=Examples(inputs[2:], [0] * 4))

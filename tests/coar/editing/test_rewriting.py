@@ -22,6 +22,7 @@ from coar.editing.registry import get_editor
 from coar.editing.request import Request
 from coar.editing.where.blocks import capture, find_block, layer_keys, run_block
 from coar.errors import EditError
+from tests.networks import vgg11_bn
 
 Randomise = Callable[[nn.Module, int], nn.Module]
 
@@ -344,7 +345,7 @@ def test_the_loss_falls(make: Callable[[], nn.Module], layer: str, size: int, ra
     [
         (lambda: torchvision.models.resnet18(num_classes=10), "layer4.1.conv2"),
         (lambda: torchvision.models.resnet18(num_classes=10), "layer3.0.conv2"),
-        (lambda: torchvision.models.vgg11_bn(num_classes=10), "features.25"),
+        (lambda: vgg11_bn(10), "features.25"),
         (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10), "blocks.9.mlp.fc2"),
     ],
 )

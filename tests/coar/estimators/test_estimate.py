@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -30,6 +28,7 @@ from coar.estimators.gradient.estimator import Gradient
 from coar.statistics import correlation, explained_share
 from stores import AttributionStore, StoreMismatchError
 from stores.format.groups import Location
+from tests import forking
 
 Untouched = Callable[..., AbstractContextManager[None]]
 NAMES = ("weights", "stderr", "bias")
@@ -309,8 +308,9 @@ def test_the_process_stays_inside_the_budget(tmp_path: Path) -> None:
     def grown(count: int) -> int:
         place = tmp_path / str(count)
         place.mkdir()
-        command = [sys.executable, "-c", RESIDENT, str(place), str(count)]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        out, err = forking.start("-c", RESIDENT, place, count).communicate()
+        assert err == ""
+        return int(out)
 
     few, many = grown(300), grown(3000)
     assert many < 150 * MIB
