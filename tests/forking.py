@@ -9,6 +9,7 @@ Tests beside these start the command line and its workers for real.
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import runpy
@@ -197,7 +198,7 @@ def _become(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    subprocess.Popen = ForkingPopen  # type: ignore[misc]
+    subprocess.Popen = ForkingPopen  # type: ignore[misc,assignment]
     if session:
         os.setsid()
     if strict:
@@ -249,15 +250,14 @@ if __name__ == "__main__":
     sys.path.insert(1, str(ROOT))
     import torch
 
+    from coar.cli.app import PANELS
+
+    for commands in PANELS.values():
+        for place in commands.values():
+            importlib.import_module(place.partition(":")[0])  # else imported when it is first run, by each process
     import ablate
     import coar
-    import coar.__main__
 
-    _USED = (
-        ablate.run,
-        coar.fit,
-        coar.estimate,
-        coar.__main__.main,
-    )  # else loaded when first used
+    _USED = (ablate.run, coar.fit, coar.estimate)
     torch.set_num_threads(1)
     _end(_exit_code(_serve(sys.argv[1])))

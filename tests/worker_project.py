@@ -110,7 +110,7 @@ class Project:
         """Runs the command line in the folder; returns exit code, stdout and stderr."""
         with self.start(*words, **environment) as process:
             out, err = process.communicate(timeout=timeout)
-            return process.returncode, out, err
+            return process.wait(), out, err
 
     @contextmanager
     def start(self, *words: object, **environment: str) -> Iterator[forking.Told]:

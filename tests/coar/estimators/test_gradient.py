@@ -110,7 +110,7 @@ class Enumerated:
         return Gradient(passes, fraction, chosen).estimate(self.engine, self.examples, 0, 0)
 
 
-enumerated = cache(Enumerated)  # nobody changes one
+enumerated: Callable[..., Enumerated] = cache(Enumerated)  # nobody changes one
 
 
 def test_effects_are_those_of_the_best_linear_predictor() -> None:
