@@ -1,7 +1,7 @@
 """Models and data by name or file, as specs say it: the one room that knows the heavy packages, imported when used.
 
-May import: `data`, `models` and the root's basics. Start reading in `load.py`; each source has a file in `networks/`
-or `datasets/`.
+May import: `data`, `models` and the root's basics. Start reading in `load.py`. A new source is a class in
+`sources.py`, a branch in `load.py` and a file in `networks/` or `datasets/`.
 """
 
 from typing import TYPE_CHECKING

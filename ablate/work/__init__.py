@@ -1,4 +1,5 @@
 """Long work on a store, block by block: the loop, its progress, logs and status.
 
-May import: `stores` and the root's basics. Start reading in `loop.py`.
+May import: `engine`, `data` and the root's basics. Start reading in `loop.py`. What is shown of progress is in
+`progress.py`; `../engine/ticks.py` counts it.
 """

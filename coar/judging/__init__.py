@@ -1,4 +1,4 @@
 """How good attributions are: counterfactual correlation, calibration of error bars, comparisons.
 
-May import: `estimators`, `attributions`, `metrics`. Start reading in `evaluate.py`.
+May import: `attributions`, `metrics` and the root's basics. Start reading in `evaluate.py`.
 """

@@ -1,6 +1,6 @@
 """What a campaign or an estimate would cost, and how good it may get, before anything runs.
 
-May import: everything in `coar` but `cli`. Start reading in `planner.py`.
+May import: everything in `coar` below it, not `demo` or `cli`. Start reading in `planner.py`.
 """
 
 from typing import TYPE_CHECKING

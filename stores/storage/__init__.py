@@ -1,4 +1,4 @@
 """Bytes at a place: objects written whole, retries, addresses, drafts that become stores at once.
 
-May import: errors. Start reading in `objects.py`.
+May import: the root's basics. Start reading in `objects.py`.
 """

@@ -1,4 +1,4 @@
 """Who works at a store: leases, workers' records, the queue of blocks, deaths.
 
-May import: `blocks`, `format`, `storage`. Start reading in `worklog.py`.
+May import: `blocks`, `format`, `storage` and the root's basics. Start reading in `worklog.py`.
 """

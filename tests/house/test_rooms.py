@@ -174,9 +174,38 @@ def test_no_room_is_crowded() -> None:
     ids=lambda f: str(f.parent),
 )
 def test_every_room_says_what_it_is_for(door: Path) -> None:
-    text = ast.get_docstring(ast.parse(door.read_text(encoding="utf-8"))) or ""
+    text = " ".join((ast.get_docstring(ast.parse(door.read_text(encoding="utf-8"))) or "").split())
     assert "May import: " in text
     assert "Start reading in `" in text
+
+
+@pytest.mark.parametrize(
+    "door",
+    [f for f in MODULES.values() if f.name == "__init__.py" and f.parent.parent != ROOT],
+    ids=lambda f: str(f.parent),
+)
+def test_signs_name_the_rooms_that_are_imported(door: Path) -> None:
+    """Rooms beside it; files beside it and the root's are not told one by one."""
+    room = door.parent
+    sign = " ".join((ast.get_docstring(ast.parse(door.read_text(encoding="utf-8"))) or "").split())
+    allowed = sign[sign.index("May import: ") : sign.index("Start reading")]
+    if "everything" in allowed:
+        return
+    used = set()
+    for module, file in MODULES.items():
+        if file.is_relative_to(room):
+            for other in GRAPH[module]:
+                used |= _rooms_beside(room, MODULES[other])
+    assert {name for name in used if f"`{name}`" not in allowed} == set()
+
+
+def _rooms_beside(room: Path, file: Path) -> set[str]:
+    """Returns the name of the room of this package that a file is in, seen from a room."""
+    if file.is_relative_to(room) or room.is_relative_to(file.parent):
+        return set()
+    package = ROOT / room.relative_to(ROOT).parts[0]
+    above = next(folder for folder in room.parents if file.is_relative_to(folder))
+    return {file.relative_to(above).parts[0]} if above.is_relative_to(package) else set()
 
 
 def test_no_two_classes_have_one_name() -> None:

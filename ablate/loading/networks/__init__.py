@@ -1,4 +1,4 @@
 """Networks by source: packages, checkpoints, files that ship trained weights. Each is imported when it is used.
 
-May import: what is beside it in `loading`. Start reading in `by_name.py`.
+May import: the files beside it in `loading`. Start reading in `by_name.py`.
 """

@@ -1,4 +1,4 @@
 """COAR-Edit: components ranked by attributions, as many ablated as validation or targets want.
 
-May import: `attributions`, `edits`. Start reading in `ranking.py`.
+May import: everything in `editing` below it, `attributions`, `estimators`, `metrics`. Start reading in `ranking.py`.
 """

@@ -1,6 +1,6 @@
 """Hypernetwork masks: learn which components to edit, then tune only those.
 
-May import: everything in `editing` but `registry`. Start reading in `editor.py`.
+May import: everything in `editing` below it, not `registry.py`. Start reading in `editor.py`.
 """
 
 from coar.editing.masks.artefact import load_hypernetwork as load_hypernetwork

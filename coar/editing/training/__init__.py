@@ -1,4 +1,5 @@
 """What editing methods that train have in common: descent, early stopping, logs, settings.
 
-May import: `where`, `edits`, `judging` beside it. Start reading in `descent.py`.
+May import: `judging`, `where`, `edits`, `metrics`, files beside it and the root's basics. Start reading in
+`descent.py`.
 """

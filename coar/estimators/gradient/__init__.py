@@ -1,4 +1,4 @@
 """Attributions from gate gradients: designs, moments, shrinkage.
 
-May import: `estimators` beside it. Start reading in `estimator.py`.
+May import: `abstract.py`, `plain.py` and `storing.py` beside it. Start reading in `estimator.py`.
 """

@@ -1,4 +1,5 @@
 """Attributions from a campaign by linear regression, in blocks, exactly.
 
-May import: `estimators` beside it, `attributions`. Start reading in `fit.py`.
+May import: `abstract.py`, `plain.py` and `storing.py` beside it, `attributions`, `judging`. Start reading in
+`fit.py`.
 """
