@@ -4,6 +4,7 @@ Conventions, stated once: `keep` is boolean, True = kept; outputs are (rows, exa
 example; an attribution's sign follows from that: positive means that keeping the component raises the output.
 """
 
+import logging as _logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,3 +62,5 @@ else:
     from stores.on_demand import on_demand as _on_demand
 
     __getattr__, __dir__, __all__ = _on_demand(globals())
+
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())  # else Python itself would show warnings

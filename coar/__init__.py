@@ -4,6 +4,7 @@ An attribution is linear: `output(keep) ~ bias + sum_i weights_i * keep_i`, keep
 that the component supports the output.
 """
 
+import logging as _logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,3 +67,5 @@ else:
     from stores.on_demand import on_demand as _on_demand
 
     __getattr__, __dir__, __all__ = _on_demand(globals())
+
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())  # else Python itself would show warnings

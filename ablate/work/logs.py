@@ -25,9 +25,6 @@ LOGGERS = ("ablate", "stores", "coar")
 STDERR = "-"
 _STANDARD = {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime", "taskName"}
 
-for _name in ("ablate", "coar"):
-    logging.getLogger(_name).addHandler(logging.NullHandler())  # else Python itself would show warnings
-
 
 class JsonLines(logging.Formatter):
     """One JSON object per event: time (UTC), level, event, message, and what the event is about."""
