@@ -17,7 +17,7 @@ from stores import CampaignStore
 
 pytestmark = pytest.mark.slow
 
-ROWS, EXAMPLES, COMPONENTS, BLOCK = 10_000, 1600, 24, 250
+ROWS, EXAMPLES, COMPONENTS, BLOCK = 10_000, 2400, 24, 250
 MIB = 2**20
 
 
@@ -27,7 +27,7 @@ def large_campaign(
     write_campaign: Callable[..., CampaignStore],
     draw_keep: Callable[..., npt.NDArray[np.bool_]],
 ) -> CampaignStore:
-    """64 MB of outputs on disk, made from a few examples that repeat."""
+    """96 MB of outputs on disk, made from a few examples that repeat."""
     keep = draw_keep(ROWS, COMPONENTS)
     generator = np.random.default_rng(1)
     few = keep @ generator.normal(size=(COMPONENTS, 50)) + generator.normal(size=(ROWS, 50))
@@ -61,8 +61,8 @@ def _least(refused: pytest.ExceptionInfo[coar.FitError]) -> int:
 
 
 def test_peak_memory_stays_below_the_budget(large_campaign: CampaignStore, tmp_path: Path) -> None:
-    budget = 30 * MIB
-    assert large_campaign.rows * large_campaign.example_count * 4 > 2 * budget
+    budget = 60 * MIB  # at 41, the least, it takes two minutes
+    assert large_campaign.rows * large_campaign.example_count * 4 > 1.5 * budget
     peak = _peak(lambda: coar.fit(large_campaign, tmp_path / "a.zarr", memory=budget))
     assert peak < budget
     found = coar.open_attributions(tmp_path / "a.zarr")
