@@ -61,7 +61,6 @@ class Commands(CommandsOnDemand):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Which parts of this network made that prediction, and what happens if I change them?",
 )

@@ -56,6 +56,17 @@ def test_help_and_bad_usage_import_nothing_heavy(arguments: list[str]) -> None:
     assert not _imported(RUN, *arguments) & HEAVY
 
 
+@pytest.mark.parametrize(("words", "found"), [("coar sta", "status"), ("coar verify --qu", "--quiet")])
+def test_completion_in_the_shell_imports_nothing_heavy(words: str, found: str) -> None:
+    asked = {"_COAR_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", f"import sys; sys.argv[0] = 'coar'; {RUN}"],
+        capture_output=True, text=True, timeout=120, check=False, env=os.environ | asked,
+    )  # fmt: skip
+    assert done.stdout.split() == [found]
+    assert not {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()} & HEAVY
+
+
 def test_commands_that_need_no_model_need_no_torch(
     write_attributions: Callable[..., coar.Attributions], tmp_path: Path
 ) -> None:
